@@ -1,0 +1,81 @@
+"""Data: processors that turn rows into tensors, and one file per data set.
+
+A data set is a module of this package that defines a dataclass `Options` and a function `load(options) -> DataSplits`; the file name gives the name
+(`census_income.py` is "census-income"). Names are imported when first used: importing this package imports neither torch nor pyarrow.
+"""
+
+import dataclasses
+import importlib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import DataError, nearest
+
+if TYPE_CHECKING:
+    from .infer import infer_features
+    from .processor import TabularProcessor
+    from .sources import Source, open_source
+    from .splits import DataSplits
+    from .tensors import ShuffledBatches, TensorTable, as_is
+
+_HOMES = {
+    "DataSplits": "splits",
+    "ShuffledBatches": "tensors",
+    "Source": "sources",
+    "TabularProcessor": "processor",
+    "TensorTable": "tensors",
+    "as_is": "tensors",
+    "infer_features": "infer",
+    "open_source": "sources",
+}
+__all__ = ["DataError", "data_sets", "load", "options_of", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def data_sets() -> list[str]:
+    """Names of all data sets, without importing them."""
+    names = []
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        if re.search(r"^class Options\b", source, re.M) and re.search(r"^def load\(", source, re.M):
+            names.append(path.stem.replace("_", "-"))
+    return names
+
+
+def options_of(name: str) -> type:
+    """The options dataclass of a data set; its docstring tells what each field does.
+
+    Raises:
+        DataError: no such data set; names the nearest.
+    """
+    return _module(name).Options
+
+
+def load(name: str, **options: Any) -> "DataSplits":
+    """Loads a data set by name.
+
+    Raises:
+        DataError: no such data set or option, naming the nearest; a value the data set refuses.
+    """
+    module = _module(name)
+    known = [field.name for field in dataclasses.fields(module.Options)]
+    for key in options:
+        if key not in known:
+            raise DataError(f"data set {name!r}: unknown option {key!r}{nearest(key, known)}")
+    needed = [f.name for f in dataclasses.fields(module.Options) if f.default is f.default_factory is dataclasses.MISSING]
+    if absent := [key for key in needed if key not in options]:
+        raise DataError(f"data set {name!r}: expected the option {', '.join(map(repr, absent))}, found none")
+    return module.load(module.Options(**options))
+
+
+def _module(name: str) -> Any:
+    names = data_sets()
+    if name not in names:
+        raise DataError(f"unknown data set {name!r}{nearest(name, names)}")
+    return importlib.import_module(f".{name.replace('-', '_')}", __name__)

@@ -1,0 +1,85 @@
+"""Guesses the kind of each column of a table, by a rule short enough to be told to the user."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .errors import DataError
+from .sources import Source, open_source
+from .values import canonical, is_list, is_text, plain
+
+CATEGORICAL_INTEGERS = 32
+IDENTIFIER_SHARE = 0.5
+IDENTIFIER_ROWS = 100
+INFERENCE_ROWS = 200_000
+
+
+def infer_features(
+    source: Any, exclude: Sequence[str] = (), missing_values: Sequence[str] = ("",), rows: int = INFERENCE_ROWS
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Declarations for every column but `exclude`, and one line per column that tells what was chosen and why.
+
+    The rule, from the first `rows` rows:
+
+    - no value, or only one: left out;
+    - lists: multi-hot;
+    - booleans: categorical;
+    - whole numbers (a text column of nothing but numbers counts as numbers): categorical with up to 32 distinct values, else numeric;
+    - other numbers: numeric;
+    - text and dates: categorical, but left out as an identifier where more than half of at least 100 values are distinct.
+
+    Raises:
+        DataError: no column is left to learn from.
+    """
+    source = open_source(source)
+    names = [name for name in source.columns if name not in set(exclude)]
+    features: list[dict[str, Any]] = []
+    notes: list[str] = []
+    for name, column in _head(source, names, rows).items():
+        kind, why = _kind(column, missing_values, name)
+        notes.append(f"{name}: {kind or 'left out'} ({why})")
+        if kind:
+            features.append({"name": name, "kind": kind})
+    if not features:
+        raise DataError(f"expected columns to learn from, found none of use: {'; '.join(notes) or 'there are none beside the labels'}")
+    return features, notes
+
+
+def _head(source: Source, names: list[str], rows: int) -> dict[str, list[pa.Array]]:
+    parts: dict[str, list[pa.Array]] = {name: [] for name in names}
+    seen = 0
+    for numbers, batch in source.batches(names):
+        for name in names:
+            parts[name].append(plain(batch[name]))
+        seen += len(numbers)
+        if seen >= rows:
+            break
+    return parts
+
+
+def _kind(parts: list[pa.Array], missing: Sequence[str], name: str) -> tuple[str | None, str]:
+    if any(is_list(part.type) for part in parts):
+        return "multi_hot", "lists"
+    parts = [part.dictionary_decode() if pa.types.is_dictionary(part.type) else part for part in parts]
+    texts = pa.chunked_array([canonical(part, missing, name) for part in parts], pa.string()).drop_null()
+    distinct = pc.unique(texts)
+    if len(distinct) < 2:
+        return None, f"{len(distinct)} distinct value{'s' * (len(distinct) != 1)}"
+    types = {part.type for part in parts if not pa.types.is_null(part.type)}
+    if all(pa.types.is_boolean(kind) for kind in types):
+        return "categorical", "booleans"
+    if all(is_text(k) or pa.types.is_integer(k) or pa.types.is_floating(k) or pa.types.is_decimal(k) for k in types):
+        try:
+            values = distinct.cast(pa.float64()).to_numpy(zero_copy_only=False)
+        except pa.ArrowInvalid:
+            values = None
+        if values is not None:
+            if (values == np.floor(values)).all() and len(distinct) <= CATEGORICAL_INTEGERS:
+                return "categorical", f"{len(distinct)} distinct whole numbers"
+            return "numeric", f"{len(distinct)} distinct numbers"
+    if len(texts) >= IDENTIFIER_ROWS and len(distinct) > IDENTIFIER_SHARE * len(texts):
+        return None, f"{len(distinct)} distinct values in {len(texts)} rows: an identifier or free text"
+    return "categorical", f"{len(distinct)} distinct values"

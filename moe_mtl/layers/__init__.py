@@ -1,0 +1,1 @@
+"""Building blocks as plain modules: experts, gates, one level of CGC or HoME, feature encoders, towers."""

@@ -1,0 +1,40 @@
+"""The zoo: one paper, one file. Every file of this folder is imported, and registers itself."""
+
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+from .. import hub
+from ..naming import nearest
+from ._base import REGISTRY, MultiTaskConfig, MultiTaskModel
+
+for _module in pkgutil.iter_modules(__path__):
+    if not _module.name.startswith("_"):
+        importlib.import_module(f"{__name__}.{_module.name}")
+
+
+class AutoModelForMultiTask:
+    """Loads any model of the zoo; the folder's config says which."""
+
+    @staticmethod
+    def from_pretrained(name_or_path: str | Path, **kwargs: Any) -> MultiTaskModel:
+        """See `MultiTaskModel.from_pretrained`; `tasks=["ctr"]` reads only what that task needs."""
+        where = ("revision", "cache_dir", "local_files_only", "token")
+        folder = hub.resolve(name_or_path, **{key: kwargs[key] for key in where if key in kwargs})
+        return model_class(hub.read_config(folder)["model_type"]).from_pretrained(folder, **kwargs)
+
+    @staticmethod
+    def from_config(config: MultiTaskConfig) -> MultiTaskModel:
+        """A model with fresh weights."""
+        return model_class(config.model_type)(config)
+
+
+def model_class(model_type: str) -> type[MultiTaskModel]:
+    """The class of a model type; an unknown one is a ValueError that names the nearest."""
+    if model_type not in REGISTRY:
+        raise ValueError(f"unknown model type {model_type!r}{nearest(model_type, REGISTRY)}")
+    return REGISTRY[model_type]
+
+
+__all__ = ["REGISTRY", "AutoModelForMultiTask", "MultiTaskConfig", "MultiTaskModel", "model_class"]

@@ -1,0 +1,240 @@
+"""What all models share: tasks in the config, loading, the single-task path, the registry."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from .. import hub
+from ..data.processor import TabularProcessor
+from ..naming import nearest
+from ..tasks import Task, check_task_names, parse_tasks
+
+REGISTRY: dict[str, type["MultiTaskModel"]] = {}
+
+# What transformers itself hands to a config beyond the declared fields.
+_LIBRARY_KEYS = frozenset(
+    {"_name_or_path", "name_or_path", "attn_implementation", "experts_implementation", "_commit_hash", "model_type"}
+)
+MAX_PARAMETERS = 100_000_000_000
+
+Reader = Callable[[str], Tensor]
+
+
+class MultiTaskConfig(PreTrainedConfig):
+    """Fields and checks of every config here.
+
+    Args:
+        tasks: one dict per task, see `moe_mtl.tasks.Task`. A list: JSON would sort a dict.
+    """
+
+    tasks: list[dict] | None = None
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "last_hidden_state",
+        "task_losses",
+        "auxiliary_loss",
+        "routing",
+        "hidden_states",
+    ]
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        known = {*self.__dataclass_fields__}
+        for key in kwargs:
+            if key not in known and key not in _LIBRARY_KEYS:
+                raise ValueError(f"{type(self).__name__}: unknown field {key!r}{nearest(key, known)}")
+        super().__post_init__(**kwargs)
+        if self.tasks is None:
+            self.tasks = [{"name": "task", "kind": "binary"}]
+        self.tasks = [task.to_dict() for task in parse_tasks(self.tasks)]
+
+    @property
+    def parsed_tasks(self) -> list[Task]:
+        return parse_tasks(self.tasks)
+
+    @property
+    def task_names(self) -> list[str]:
+        return [task["name"] for task in self.tasks]
+
+    def for_tasks(self, tasks: Sequence[str], read: Reader | None = None) -> Self:
+        """The config of the model that answers only `tasks`; a model with more to leave out overrides `keep_tasks`.
+
+        Args:
+            tasks: names; a task that is a product brings its factors along. A sample space that is left behind is
+                forgotten: then every labelled row counts.
+            read: gives a parameter of the full model by name, for architectures where what is needed depends on
+                what was learnt. Without it nothing of that sort is dropped.
+        """
+        names = check_task_names(tasks, self.task_names)
+        kept = set(names)
+        for task in self.parsed_tasks:
+            if task.name in kept:
+                kept.update(task.product_of or ())
+        config = copy.deepcopy(self)
+        config.tasks = [dict(task) for task in self.tasks if task["name"] in kept]
+        for task in config.tasks:
+            if task.get("space") not in kept:
+                task.pop("space", None)
+        self.keep_tasks(config, read)
+        config.validate()
+        return config
+
+    def keep_tasks(self, config: Self, read: Reader | None) -> None:
+        """Sets what else differs in `config`, the copy of this one with fewer tasks."""
+
+
+class MultiTaskModel(PreTrainedModel):
+    """A model that answers several tasks, or any of them without paying for the others."""
+
+    config_class: ClassVar[type[MultiTaskConfig]]
+    base_model_prefix = ""
+
+    @property
+    def tasks(self) -> list[str]:
+        return self.config.task_names
+
+    def rows_kept(self, config: MultiTaskConfig, name: str) -> list[int] | None:
+        """Which rows of this model's tensor `name` the model of `config` keeps: None for all."""
+        return None
+
+    def extract_task(self, tasks: str | Sequence[str]) -> Self:
+        """A smaller model of the same class with only what `tasks` need; its outputs for them are this model's.
+
+        The new model is on the same device in the same dtype, in evaluation mode, and shares no memory with this one:
+        it saves, loads and fine-tunes like any other.
+
+        Raises:
+            UnknownTaskError: a task that the model does not have.
+        """
+        names = check_task_names(tasks, self.tasks)
+        state = self.state_dict()
+        config = self.config.for_tasks(names, state.__getitem__)
+        with torch.device("meta"):
+            small = type(self)(config)
+        kept = {name: _rows(state[name], self.rows_kept(config, name)).detach().clone() for name in small.state_dict()}
+        dtype = next(self.parameters()).dtype
+        small = type(self).from_pretrained(None, config=config, state_dict=kept, dtype=dtype)
+        return small.to(self.device)
+
+    def task_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by who uses them: one list per task for what it uses alone, and `shared`."""
+        users: dict[str, list[str]] = {}
+        for task in self.tasks:
+            with torch.device("meta"):
+                alone = type(self)(self.config.for_tasks([task]))
+            for name, _ in alone.named_parameters():
+                users.setdefault(name, []).append(task)
+        owned: dict[str, list[nn.Parameter]] = {name: [] for name in ["shared", *self.tasks]}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                owner = users[name][0] if len(users[name]) == 1 else "shared"
+                owned[owner].append(parameter)
+        return owned
+
+    def set_training_step(self, step: int) -> None:
+        """Tells schedules inside the model how many optimiser steps were done; the trainer calls it."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path | None,
+        *model_args: Any,
+        tasks: str | Sequence[str] | None = None,
+        config: MultiTaskConfig | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> Self:
+        """Loads a model from a folder, a zoo name or a Hub id.
+
+        Only safetensors are read. The file headers are checked against the config before anything is allocated; a
+        missing, superfluous, misshapen or non-finite tensor is an error, and so is a path that leaves the folder.
+
+        Args:
+            pretrained_model_name_or_path: folder, zoo name, or Hub id `owner/name`; None with `config` and `state_dict`.
+            tasks: read and build only what these tasks need.
+            ignore_mismatched_sizes: initialise anew what does not fit, as transformers does; all checks of names and
+                shapes are then off.
+            kwargs: as in `PreTrainedModel.from_pretrained` (dtype, device_map, ...).
+        """
+        if pretrained_model_name_or_path is None or state_dict is not None:
+            if tasks is not None:
+                raise ValueError("tasks: needs a folder or a name to read from; use extract_task on a model in memory")
+            with _no_progress_bar():
+                return super().from_pretrained(
+                    pretrained_model_name_or_path, *model_args, config=config, state_dict=state_dict, **kwargs
+                )
+        folder = hub.resolve(
+            pretrained_model_name_or_path,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+        )
+        if config is None:
+            declared = hub.read_config(folder)["model_type"]
+            if declared != cls.config_class.model_type:
+                raise ValueError(
+                    f"{folder} holds a model of type {declared!r}, {cls.__name__} loads "
+                    f"{cls.config_class.model_type!r}; AutoModelForMultiTask loads either"
+                )
+            config = cls.config_class.from_pretrained(folder)
+        checkpoint = hub.Checkpoint(folder)
+        if ignore_mismatched_sizes:
+            return super().from_pretrained(folder, *model_args, config=config, ignore_mismatched_sizes=True, **kwargs)
+        full = cls._on_meta(config)
+        if tasks is not None:
+            config = config.for_tasks(check_task_names(tasks, config.task_names), checkpoint.read)
+        checkpoint.check({name: tuple(tensor.shape) for name, tensor in full.state_dict().items()})
+        names = cls._on_meta(config).state_dict()
+        state = {name: checkpoint.read(name, full.rows_kept(config, name)) for name in names}
+        with _no_progress_bar():
+            return super().from_pretrained(None, *model_args, config=config, state_dict=state, **kwargs)
+
+    @classmethod
+    def _on_meta(cls, config: MultiTaskConfig) -> Self:
+        with torch.device("meta"):
+            model = cls(config)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        if size > MAX_PARAMETERS:
+            raise ValueError(f"config declares {size:,} parameters; at most {MAX_PARAMETERS:,} are loaded")
+        return model
+
+    def fold_for_inference(self) -> Self:
+        """Absorbs what is constant after training (batch norms) into the weights, in place; returns the model."""
+        return self
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """The tensors are in memory by then: a bar would only flicker."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _rows(tensor: Tensor, rows: list[int] | None) -> Tensor:
+    return tensor if rows is None else tensor[rows]
+
+
+def register(model: type[MultiTaskModel]) -> type[MultiTaskModel]:
+    """Class decorator at the end of every paper's file: makes the model known by its config's `model_type`."""
+    config = model.config_class
+    REGISTRY[config.model_type] = model
+    AutoConfig.register(config.model_type, config)
+    AutoModel.register(config, model)
+    AutoProcessor.register(config, TabularProcessor)
+    return model

@@ -1,0 +1,313 @@
+"""Models for tables: a feature encoder, a trunk of experts, one tower per task. A paper's file adds its trunk.
+
+Shapes: `B` rows, `D` width of the encoded row, `T` tasks, `H` width of what a tower reads, `C` outputs of a task.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from rtdl_num_embeddings import LinearEmbeddings, PeriodicEmbeddings, PiecewiseLinearEmbeddings
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from ..layers.experts import ACTIVATIONS, ExpertBank
+from ..layers.features import NUMERIC_EMBEDDINGS, POOLINGS, FeatureEncoder
+from ..layers.gates import DSelectKGate
+from ..layers.home import FeatureGate
+from ..layers.towers import MLP
+from ..outputs import MultiTaskOutput, Routing
+from ..tasks import UnknownTaskError, check_task_names
+from ._base import MultiTaskConfig, MultiTaskModel
+
+MAX_WIDTH = 65_536
+MAX_COUNT = 4_096
+_FEATURE_KEYS = {
+    "numeric": {"name", "kind", "bins"},
+    "categorical": {"name", "kind", "num_categories"},
+    "multi_hot": {"name", "kind", "num_categories", "pooling", "max_length"},
+    "sequence": {"name", "kind", "num_categories", "pooling", "max_length"},
+}
+
+
+@strict
+class TabularConfig(MultiTaskConfig):
+    """Fields of every tabular model.
+
+    Args:
+        features: one dict per column: `{"name", "kind": "numeric", "bins"}`, `{"name", "kind": "categorical",
+            "num_categories"}`, `{"name", "kind": "multi_hot" or "sequence", "num_categories", "pooling",
+            "max_length"}`; `TabularProcessor.features` makes them.
+        embedding_dim: width of a categorical embedding.
+        numeric_embedding: `scaled`, `piecewise_linear` or `periodic`.
+        numeric_embedding_dim: width of a numeric embedding.
+        tower_dims: hidden widths of each task's tower.
+        dropout: after each hidden activation of experts and towers.
+        embedding_dropout: of the encoded row.
+        activation: of experts and towers.
+        initializer_range: standard deviation of the embeddings at the start.
+    """
+
+    model_type = "moe_mtl_tabular"
+
+    features: list[dict] | None = None
+    embedding_dim: int = 8
+    numeric_embedding: str = "piecewise_linear"
+    numeric_embedding_dim: int = 8
+    tower_dims: list[int] = field(default_factory=lambda: [32])
+    dropout: float | int = 0.0
+    embedding_dropout: float | int = 0.0
+    activation: str = "relu"
+    initializer_range: float | int = 0.05
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.features is None:
+            self.features = [{"name": "x", "kind": "numeric"}]
+        super().__post_init__(**kwargs)
+
+    def validate_features(self) -> None:
+        names = set()
+        for feature in self.features:
+            kind, name = feature.get("kind"), feature.get("name")
+            if kind not in _FEATURE_KEYS:
+                raise ValueError(f"feature {name!r}: kind must be one of {', '.join(_FEATURE_KEYS)}, found {kind!r}")
+            if not isinstance(name, str) or not name or name in names:
+                raise ValueError(f"features: each needs its own name, found {name!r}")
+            names.add(name)
+            if unknown := set(feature) - _FEATURE_KEYS[kind]:
+                raise ValueError(f"feature {name!r}: unknown field {sorted(unknown)[0]!r}")
+            if kind == "numeric":
+                _check_bins(name, feature.get("bins"))
+                continue
+            check_count(f"feature {name!r}: num_categories", feature.get("num_categories"), 2**31)
+            if kind != "categorical":
+                check_count(f"feature {name!r}: max_length", feature.get("max_length"), MAX_WIDTH)
+                if feature.get("pooling") not in POOLINGS:
+                    raise ValueError(f"feature {name!r}: pooling must be one of {', '.join(POOLINGS)}")
+
+    def validate_widths(self) -> None:
+        check_count("embedding_dim", self.embedding_dim, MAX_WIDTH)
+        check_count("numeric_embedding_dim", self.numeric_embedding_dim, MAX_WIDTH)
+        check_dims("tower_dims", self.tower_dims, empty=True)
+        for name in ("dropout", "embedding_dropout"):
+            check_probability(name, getattr(self, name))
+        if self.numeric_embedding not in NUMERIC_EMBEDDINGS:
+            raise ValueError(
+                f"numeric_embedding must be one of {', '.join(NUMERIC_EMBEDDINGS)}, found {self.numeric_embedding!r}"
+            )
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, found {self.activation!r}")
+
+    @property
+    def tower_tasks(self) -> list[str]:
+        """Tasks with a tower: all but the products."""
+        return [task.name for task in self.parsed_tasks if task.product_of is None]
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers of the trunk."""
+        return 1
+
+
+def check_count(name: str, value: Any, highest: int = MAX_COUNT, lowest: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+        raise ValueError(f"{name} must be an integer in [{lowest}, {highest}], found {value!r}")
+
+
+def check_dims(name: str, dims: list[int], empty: bool = False) -> None:
+    if len(dims) > 64 or (not dims and not empty):
+        raise ValueError(f"{name} must have {'0' if empty else '1'} to 64 widths, found {len(dims)}")
+    for dim in dims:
+        check_count(name, dim, MAX_WIDTH)
+
+
+def check_probability(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), found {value!r}")
+
+
+def _check_bins(name: str, bins: Any) -> None:
+    if bins is None:
+        return
+    if not isinstance(bins, list) or not 2 <= len(bins) <= MAX_COUNT:
+        raise ValueError(f"feature {name!r}: bins must be a list of 2 to {MAX_COUNT} edges")
+    if not all(isinstance(edge, (int, float)) and abs(edge) < 1e30 for edge in bins):
+        raise ValueError(f"feature {name!r}: bins must be finite numbers")
+    edges = torch.tensor(bins, dtype=torch.float32, device="cpu")
+    if not bool((edges[1:] > edges[:-1]).all()):
+        raise ValueError(f"feature {name!r}: bins must increase (as float32)")
+
+
+@dataclass
+class TrunkOutput:
+    """What a trunk makes of a row.
+
+    Attributes:
+        states: task -> `[B, H]`.
+        hidden: output of each layer but the last, `[B, streams, H]`.
+        routing: one record per layer, if asked for.
+        auxiliary: regulariser of the gates, a scalar, in training.
+    """
+
+    states: dict[str, Tensor]
+    hidden: tuple[Tensor, ...] = ()
+    routing: tuple[Routing, ...] = ()
+    auxiliary: Tensor | None = None
+
+
+class TabularModel(MultiTaskModel):
+    """Feature encoder, trunk, towers.
+
+    A subclass gives `build_trunk(input_dim)`: a module whose `forward(x_BD, tasks, record)` returns a `TrunkOutput` for
+    those tasks, computing nothing that they do not need, and whose `output_dim` is `H`.
+    """
+
+    config: TabularConfig
+    main_input_name = "numeric"
+
+    def __init__(self, config: TabularConfig):
+        super().__init__(config)
+        self.encoder = FeatureEncoder(
+            config.features, config.embedding_dim, config.numeric_embedding, config.numeric_embedding_dim
+        )
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.trunk = self.build_trunk(self.encoder.output_dim)
+        self._parsed_tasks = config.parsed_tasks
+        self.towers = nn.ModuleDict(
+            {
+                task.name: MLP(
+                    self.trunk.output_dim, config.tower_dims, task.num_outputs, config.activation, config.dropout
+                )
+                for task in self._parsed_tasks
+                if task.product_of is None
+            }
+        )
+        self.post_init()
+
+    def build_trunk(self, input_dim: int) -> nn.Module:
+        raise NotImplementedError(f"{type(self).__name__} must build its trunk")
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, FeatureEncoder):
+            module.init_buffers()
+        elif isinstance(module, nn.BatchNorm1d):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+            init.zeros_(module.running_mean)
+            init.ones_(module.running_var)
+            init.zeros_(module.num_batches_tracked)
+        elif isinstance(module, PiecewiseLinearEmbeddings):
+            init.zeros_(module.linear.weight)  # version B: starts linear, learns the bends
+        elif isinstance(module, (nn.Linear, ExpertBank, DSelectKGate, FeatureGate, LinearEmbeddings)):
+            module.reset_parameters()
+        elif isinstance(module, PeriodicEmbeddings):
+            module.periodic.reset_parameters()
+            module.linear.reset_parameters()
+
+    def forward(
+        self,
+        numeric: Tensor | None = None,
+        categorical: Tensor | None = None,
+        sequences: Tensor | None = None,
+        labels: Mapping[str, Tensor] | None = None,
+        sample_weights: Mapping[str, Tensor] | None = None,
+        tasks: str | Sequence[str] | None = None,
+        output_routing: bool = False,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MultiTaskOutput | tuple:
+        """Answers `tasks` (all by default).
+
+        Args:
+            numeric: float `[B, columns]`, finite.
+            categorical: int64 `[B, columns]`, ids in range.
+            sequences: int64 `[B, columns, L]`, padded with -1.
+            labels: task -> labels as `Task` describes; NaN or -100 is missing. Tasks without labels give no loss.
+            sample_weights: task -> `[B]`, non-negative.
+            tasks: names of the tasks to compute; nothing else is.
+            output_routing: also return who used which expert.
+
+        Raises:
+            UnknownTaskError: a task that the model does not have, in `tasks`, `labels` or `sample_weights`.
+            ValueError: inputs that do not fit, naming the column.
+        """
+        wanted = check_task_names(tasks, self.tasks)
+        for given in (labels, sample_weights):
+            if given is not None and (unknown := [name for name in given if name not in self.tasks]):
+                raise UnknownTaskError(unknown, self.tasks)
+        computed = [task for task in self._parsed_tasks if task.name in wanted]
+        factors = {factor for task in computed for factor in task.product_of or ()}
+        towers = [name for name in self.towers if name in factors or name in wanted]
+
+        x_BD = self.embedding_dropout(self.encoder(numeric, categorical, sequences))
+        trunk = self.trunk(x_BD, towers, output_routing)
+        logits = {name: self.towers[name](trunk.states[name]) for name in towers}
+        for task in computed:
+            if task.product_of is not None:
+                logits[task.name] = product_logit([logits[factor] for factor in task.product_of])
+        logits = {name: logits[name] for name in wanted}
+        last_BTH = torch.stack([trunk.states[name] for name in towers], dim=1)
+
+        loss, losses = None, None
+        if labels is not None:
+            losses = self._task_losses(logits, labels, sample_weights or {})
+            parts = [task.weight * losses[task.name] for task in computed if task.name in losses]
+            if trunk.auxiliary is not None:
+                parts.append(trunk.auxiliary)
+            loss = (
+                torch.stack([part.float() if part.dtype != torch.float64 else part for part in parts]).sum()
+                if parts
+                else None
+            )
+        hidden_states = None
+        if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
+            hidden_states = (x_BD, *trunk.hidden, last_BTH)
+        output = MultiTaskOutput(
+            loss=loss,
+            last_hidden_state=last_BTH,
+            logits=logits,
+            task_losses=losses,
+            auxiliary_loss=trunk.auxiliary,
+            routing=trunk.routing if output_routing else None,
+            hidden_states=hidden_states,
+        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def _task_losses(
+        self, logits: Mapping[str, Tensor], labels: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        losses = {}
+        for task in self._parsed_tasks:
+            if task.name not in logits or task.name not in labels:
+                continue
+            mask_B = None
+            if task.space is not None:
+                if task.space not in labels:
+                    raise ValueError(
+                        f"labels of task {task.name!r} count where task {task.space!r} is 1: expected its labels too"
+                    )
+                mask_B = labels[task.space] == 1
+            losses[task.name] = task.loss(logits[task.name], labels[task.name], weights.get(task.name), mask_B)
+        return losses
+
+    def set_training_step(self, step: int) -> None:
+        for module in self.modules():
+            if isinstance(module, DSelectKGate):
+                module.training_step = step
+
+
+def product_logit(logits: Sequence[Tensor]) -> Tensor:
+    """Logit of a product of probabilities: `sigma(z) = prod_i sigma(z_i)`, shapes `[B, 1]`.
+
+    1 / prod sigma(z_i) = prod (1 + exp(-z_i)), so for two factors z = -logsumexp(-a, -b, -a-b): no probability is ever
+    formed, and nothing cancels. Taken in float32 at least; exact in the tails, where 1 - p q rounds to 1.
+    """
+    product, *rest = (z if z.dtype == torch.float64 else z.float() for z in logits)
+    for logit in rest:
+        product = -torch.logsumexp(torch.stack([-product, -logit, -product - logit]), dim=0)
+    return product.to(logits[0].dtype)

@@ -1,0 +1,65 @@
+"""ESMM: click and conversion over the entire space of impressions.
+
+Ma et al., "Entire Space Multi-Task Model: An Effective Approach for Estimating Post-Click Conversion Rate", SIGIR 2018.
+Two towers over shared embeddings give pCTR and pCVR; the loss is that of click and of click-and-conversion, with
+pCTCVR = pCTR x pCVR, over all impressions (equation 2). pCVR has no loss of its own.
+
+The product is a task like any other (`product_of`), so it also combines with every trunk here: give an MMoE the same
+three tasks and it is "ESMM on MMoE".
+
+Differs from the official code in: the product is taken between logits (`product_logit`), which is exact where 1 - p q
+rounds to 1 and stays so in half precision.
+"""
+
+from collections.abc import Sequence
+from dataclasses import field
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+
+from ._base import Reader, register
+from ._tabular import TabularConfig, TabularModel, TrunkOutput
+
+
+@strict
+class ESMMConfig(TabularConfig):
+    """Two binary tasks with towers, and at least one binary task that is their product. A factor that is not to be
+    trained by its own label has weight 0."""
+
+    model_type = "esmm"
+    tower_dims: list[int] = field(default_factory=lambda: [360, 200, 80])
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.tasks is None:
+            self.tasks = [
+                {"name": "ctr", "kind": "binary"},
+                {"name": "cvr", "kind": "binary", "weight": 0.0, "space": "ctr"},
+                {"name": "ctcvr", "kind": "binary", "product_of": ["ctr", "cvr"]},
+            ]
+        super().__post_init__(**kwargs)
+
+    def keep_tasks(self, config: "ESMMConfig", read: Reader | None) -> None:
+        """Click needs one tower, conversion one, their product both."""
+
+
+class Identity(nn.Module):
+    """No trunk: every tower reads the encoded row."""
+
+    def __init__(self, input_dim: int):
+        super().__init__()
+        self.output_dim = input_dim
+
+    def forward(self, x_BD: Tensor, tasks: Sequence[str], record: bool) -> TrunkOutput:
+        return TrunkOutput({task: x_BD for task in tasks})
+
+
+@register
+class ESMMForMultiTask(TabularModel):
+    """ESMM for tables."""
+
+    config: ESMMConfig
+    config_class = ESMMConfig
+
+    def build_trunk(self, input_dim: int) -> nn.Module:
+        return Identity(input_dim)

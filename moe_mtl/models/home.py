@@ -1,0 +1,165 @@
+"""HoME: a hierarchy of gated experts, after a layer that tells groups of tasks apart.
+
+Wang et al., "HoME: Hierarchy of Multi-Gate Experts for Multi-Task Learning at Kuaishou", 2024, arXiv 2408.05430. The
+body of the paper was not at hand: the equations are those two readers agreed on, and `layers/home.py` says where a
+reading was chosen. The paper's numbers are on private data.
+
+    z_g = sum Gate_g(v) {group_g, shared} + sum SelfGate_g(v) group_g           meta layer, per group of tasks
+    z_s = sum Gate_s(v) {shared, every group} + sum SelfGate_s(v) shared
+    y_k = sum Gate_k(z_g, z_s) {own_k(z_g), local_g(z_g), global(z_s)} + sum SelfGate_k(z_g) own_k(z_g)
+
+with every expert Swish(BN(MLP(FeatureGate(input)))) and one feature gate per group of experts.
+
+Differs from the official code in: there is none. A third-party one feeds the feature gate instead of the gated input to the
+experts, and keeps a ReLU before the batch norm.
+
+Shapes: `B` rows, `D` width of the encoded row, `H` expert output width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import field
+from typing import Self
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+
+from ..layers.cgc import SHARED
+from ..layers.home import HoMELayer, fold_batch_norms
+from ._base import Reader, register
+from ._tabular import TabularConfig, TabularModel, TrunkOutput, check_count, check_dims, check_probability
+
+GLOBAL = "global"
+
+
+@strict
+class HoMEConfig(TabularConfig):
+    """Args:
+    num_experts: of each group of experts, in both layers.
+    expert_dims: widths of an expert's layers.
+    feature_gate_rank: `R` of each low-rank gate.
+    num_feature_gates: low-rank gates that a feature gate sums.
+    gate_dropout: of the softmax gates.
+    batch_norm: False once folded into the experts, see `fold_for_inference`.
+    meta_groups: groups of tasks that the meta layer tells apart; the tasks' groups, unless `extract_task` wrote it.
+
+    A task without a group is a group of its own.
+    """
+
+    model_type = "home"
+    num_experts: int = 2
+    expert_dims: list[int] = field(default_factory=lambda: [64])
+    feature_gate_rank: int = 8
+    num_feature_gates: int = 2
+    gate_dropout: float | int = 0.0
+    batch_norm: bool = True
+    meta_groups: list[str] | None = None
+    activation: str = "silu"
+
+    def validate_layers(self) -> None:
+        for name in ("num_experts", "feature_gate_rank", "num_feature_gates"):
+            check_count(name, getattr(self, name))
+        check_dims("expert_dims", self.expert_dims)
+        check_probability("gate_dropout", self.gate_dropout)
+        for group in self.groups:
+            if not group.isidentifier() or group in (SHARED, GLOBAL):
+                raise ValueError(
+                    f"group must be letters, digits and '_', other than 'shared' and 'global'; found {group!r}"
+                )
+        if not set(self.group_of.values()) <= set(self.groups):
+            raise ValueError(f"meta_groups must hold every task's group, found {self.meta_groups}")
+
+    @property
+    def group_of(self) -> dict[str, str]:
+        """Task -> its group, for tasks with a tower."""
+        return {task.name: task.group or task.name for task in self.parsed_tasks if task.product_of is None}
+
+    @property
+    def groups(self) -> list[str]:
+        return self.meta_groups or list(dict.fromkeys(self.group_of.values()))
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return 2
+
+    def keep_tasks(self, config: "HoMEConfig", read: Reader | None) -> None:
+        """The shared gate of the meta layer reads every group's experts, so those stay."""
+        kept = list(dict.fromkeys(config.group_of.values()))
+        config.meta_groups = None if kept == self.groups else self.groups
+
+
+class HoMETrunk(nn.Module):
+    """Meta layer, then task layer. A single task needs the whole meta layer but other groups' gates, and of the task layer
+    its own, its group's and the global experts."""
+
+    def __init__(self, config: HoMEConfig, input_dim: int):
+        super().__init__()
+        self.group_of = config.group_of
+        width = config.expert_dims[-1]
+        kept = list(dict.fromkeys(self.group_of.values()))
+        meta = [*config.groups, SHARED]
+        options = {
+            "dims": config.expert_dims,
+            "rank": config.feature_gate_rank,
+            "num_gates": config.num_feature_gates,
+            "dropout": config.dropout,
+            "gate_dropout": config.gate_dropout,
+            "batch_norm": config.batch_norm,
+        }
+        self.meta = HoMELayer(
+            "meta",
+            input_dims={group: input_dim for group in meta},
+            num_experts={group: config.num_experts for group in meta},
+            sees={group: (group, SHARED) for group in kept} | {SHARED: (SHARED, *config.groups)},
+            gate_dim=input_dim,
+            self_gate_dim=input_dim,
+            **options,
+        )
+        experts = [*self.group_of, *(f"{group}_local" for group in kept), GLOBAL]
+        self.task = HoMELayer(
+            "task",
+            input_dims={name: width for name in experts},
+            num_experts={name: config.num_experts for name in experts},
+            sees={task: (task, f"{group}_local", GLOBAL) for task, group in self.group_of.items()},
+            gate_dim=2 * width,
+            self_gate_dim=width,
+            **options,
+        )
+        self.output_dim = width
+
+    def forward(self, x_BD: Tensor, tasks: Sequence[str], record: bool) -> TrunkOutput:
+        if self.training and len(x_BD) == 1 and any(isinstance(m, nn.BatchNorm1d) for m in self.modules()):
+            raise ValueError("HoME normalises over the batch: training needs at least 2 rows in a batch, found 1")
+        groups = list(dict.fromkeys(self.group_of[task] for task in tasks))
+        meta_outputs = [*groups, SHARED]
+        same = {name: x_BD for name in self.meta.experts}
+        z, meta_routing = self.meta(same, same, same, meta_outputs, record)
+
+        inputs = {GLOBAL: z[SHARED]}
+        gate_inputs, self_gate_inputs = {}, {}
+        for task in tasks:
+            group = self.group_of[task]
+            inputs[task] = inputs[f"{group}_local"] = self_gate_inputs[task] = z[group]
+            gate_inputs[task] = torch.cat([z[group], z[SHARED]], dim=-1)
+        states, task_routing = self.task(inputs, gate_inputs, self_gate_inputs, tasks, record)
+        hidden = (torch.stack([z[name] for name in meta_outputs], dim=1),)
+        routing = tuple(r for r in (meta_routing, task_routing) if r is not None)
+        return TrunkOutput(states, hidden, routing)
+
+
+@register
+class HoMEForMultiTask(TabularModel):
+    """HoME for tables."""
+
+    config: HoMEConfig
+    config_class = HoMEConfig
+
+    def build_trunk(self, input_dim: int) -> nn.Module:
+        return HoMETrunk(self.config, input_dim)
+
+    def fold_for_inference(self) -> Self:
+        """Absorbs the experts' batch norms, in place: same outputs in evaluation mode to rounding; training then goes on
+        without them."""
+        fold_batch_norms(self)
+        self.config.batch_norm = False
+        return self

@@ -1,0 +1,58 @@
+"""What a model returns.
+
+Shapes: `B` rows, `T` tasks, `H` width of what the towers read, `C` outputs of a task, `E` experts that a gate sees.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Who used which expert in one layer. Every block can return it; nothing recomputes it.
+
+    Attributes:
+        layer: name of the layer, for example `levels.0`.
+        weights: per gate (a task's name, or `shared`, or a group's), the mixture weights `[B, E]`.
+        experts: per gate, the names of the `E` experts it sees, in the order of the weights.
+        dead_units: per expert, the share of its hidden units that are 0 for every row of the batch.
+    """
+
+    layer: str
+    weights: dict[str, Tensor]
+    experts: dict[str, tuple[str, ...]]
+    dead_units: dict[str, Tensor] = field(default_factory=dict)
+
+    def entropy(self) -> dict[str, Tensor]:
+        """Mean entropy of a row's weights, in nats, per gate: scalars. ln(E) is undecided, 0 is one expert."""
+        return {gate: torch.special.entr(w_BE.float()).sum(-1).mean() for gate, w_BE in self.weights.items()}
+
+    def utilisation(self) -> dict[str, Tensor]:
+        """Mean weight of each expert, per gate: `[E]`, summing to 1 for softmax gates."""
+        return {gate: w_BE.float().mean(0) for gate, w_BE in self.weights.items()}
+
+
+@dataclass
+class MultiTaskOutput(ModelOutput):
+    """Output of every model here.
+
+    Attributes:
+        loss: scalar, sum over tasks of weight x task loss, plus `auxiliary_loss`; present when labels were given.
+        last_hidden_state: `[B, T, H]`, what each task's tower reads.
+        logits: task name -> `[B, C]`, for the tasks that were asked for.
+        task_losses: task name -> scalar, unweighted.
+        auxiliary_loss: scalar, what a gate's regulariser adds to the loss.
+        routing: one record per expert layer, when `output_routing=True`.
+        hidden_states: what enters each layer and the last one's output, when `output_hidden_states=True`.
+    """
+
+    loss: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    logits: dict[str, Tensor] | None = None
+    task_losses: dict[str, Tensor] | None = None
+    auxiliary_loss: Tensor | None = None
+    routing: tuple[Routing, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None

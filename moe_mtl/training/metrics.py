@@ -1,0 +1,204 @@
+"""Metrics per task over a whole split, by scikit-learn, in float64.
+
+Shapes: `B` rows, `C` outputs of a task.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from sklearn import metrics as sk
+from torch import Tensor
+
+from ..tasks import Task
+
+# For early stopping and comparisons: larger is better, smaller is better.
+MAXIMISED = ("auc", "group_auc", "accuracy", "f1")
+MINIMISED = ("log_loss", "rmse", "mae", "loss")
+
+Metrics = dict[str, dict[str, float]]
+
+
+def counted_rows(task: Task, labels: Mapping[str, Tensor]) -> Tensor:
+    """The rows on which a task is trained and measured: labelled, and inside its space. Bool `[B]`."""
+    rows_B = task.labelled(labels[task.name])
+    if task.space is not None and task.space in labels:
+        rows_B = rows_B & (labels[task.space] == 1)
+    return rows_B
+
+
+def compute_metrics(
+    tasks: Sequence[Task],
+    logits: Mapping[str, Tensor],
+    labels: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor] | None = None,
+    groups: np.ndarray | None = None,
+    decode: Callable[[dict[str, Tensor]], dict[str, np.ndarray]] | None = None,
+) -> Metrics:
+    """What each task reports, over the rows that count for it.
+
+    Args:
+        tasks: the tasks; those without logits or labels are left out.
+        logits: task -> `[B, C]`.
+        labels: task -> `[B]` or `[B, C]`; NaN or -100 is missing.
+        weights: task -> weight of each row `[B]`.
+        groups: group of each row `[B]`, for `group_auc`.
+        decode: the processor's `decode`: brings a regression's value and label into original units.
+
+    Returns:
+        task -> metric -> value; NaN, with a warning, where a metric is not defined on these rows (AUC of one class).
+    """
+    out: Metrics = {}
+    for task in tasks:
+        if task.name not in logits or task.name not in labels:
+            continue
+        rows_B = counted_rows(task, labels).numpy()
+        label = labels[task.name]
+        if task.kind == "regression":
+            score, label = logits[task.name], label.reshape(logits[task.name].shape)
+            if decode is not None:
+                score, label = (_decoded(decode, task, values) for values in (score, label))
+            score, label = (np.asarray(values, dtype=np.float64).reshape(len(rows_B), -1) for values in (score, label))
+        else:
+            score, label = task.predict(logits[task.name]).double().numpy(), label.numpy()
+        weight = None if weights is None or task.name not in weights else weights[task.name].double().numpy()[rows_B]
+        group = None if groups is None else groups[rows_B]
+        measured = Rows(task.name, score[rows_B], label[rows_B], weight, group)
+        out[task.name] = {metric: measure(metric, task.kind, measured) for metric in task.reported_metrics}
+    return out
+
+
+def mean_metrics(metrics: Metrics) -> dict[str, float]:
+    """`mean_<metric>`: each metric averaged over the tasks that report it."""
+    names = {name for values in metrics.values() for name in values}
+    return {f"mean_{name}": float(np.mean([v[name] for v in metrics.values() if name in v])) for name in sorted(names)}
+
+
+def is_maximised(key: str) -> bool:
+    """Whether more is better, for `income/auc`, `mean_auc`, `loss`. Raises ValueError for no metric."""
+    name = key.rsplit("/", 1)[-1].removeprefix("mean_")
+    if name not in MAXIMISED + MINIMISED:
+        raise ValueError(f"unknown metric {key!r}: expected loss, mean_<metric> or <task>/<metric>, metric one of {', '.join(MAXIMISED + MINIMISED)}")
+    return name in MAXIMISED
+
+
+class Rows:
+    """The rows of one task that count: `score` and `label` `[B]` or `[B, C]`, `weight` and `group` `[B]` or None."""
+
+    def __init__(self, task: str, score: np.ndarray, label: np.ndarray, weight: np.ndarray | None, group: np.ndarray | None):
+        self.task, self.score, self.label, self.weight, self.group = task, score, label, weight, group
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def take(self, index: np.ndarray) -> "Rows":
+        """The rows of `index`, with repetition."""
+        weight, group = (None if values is None else values[index] for values in (self.weight, self.group))
+        return Rows(self.task, self.score[index], self.label[index], weight, group)
+
+
+def measure(metric: str, kind: str, rows: Rows) -> float:
+    """One metric of one task, NaN where it is not defined."""
+    if len(rows) == 0 or (rows.weight is not None and not rows.weight.sum() > 0):
+        warnings.warn(f"task {rows.task!r} has no counted row: {metric} is not defined", stacklevel=2)
+        return float("nan")
+    if not np.isfinite(rows.score).all():
+        warnings.warn(f"task {rows.task!r} has scores that are not finite: {metric} is not defined", stacklevel=2)
+        return float("nan")
+    value = _MEASURES[metric](kind, rows)
+    if np.isnan(value):
+        warnings.warn(f"{metric} of task {rows.task!r} is not defined: its counted rows have labels of one class only", stacklevel=2)
+    return float(value)
+
+
+def _auc(kind: str, rows: Rows) -> float:
+    """Area under the ROC curve; the mean over classes (one against the rest) or outputs that have both labels."""
+    if kind == "binary":
+        return _binary_auc(rows.label, rows.score, rows.weight)
+    columns = range(rows.score.shape[1])
+    targets = [rows.label == c if kind == "multiclass" else rows.label[:, c] for c in columns]
+    areas = [_binary_auc(targets[c], rows.score[:, c], rows.weight) for c in columns]
+    areas = [area for area in areas if not np.isnan(area)]
+    return float(np.mean(areas)) if areas else float("nan")
+
+
+def _binary_auc(label: np.ndarray, score: np.ndarray, weight: np.ndarray | None) -> float:
+    label = label > 0.5
+    if label.all() or not label.any():
+        return float("nan")
+    return float(sk.roc_auc_score(label, score, sample_weight=weight))
+
+
+def _group_auc(kind: str, rows: Rows) -> float:
+    """AUC within each group, averaged by the groups' rows (by their weight, where rows have one); groups of one class are left out."""
+    if rows.group is None:
+        raise ValueError(f"task {rows.task!r} reports group_auc: the column of the groups must be named (eval.group)")
+    order = np.argsort(rows.group, kind="stable")
+    bounds = np.flatnonzero(np.diff(rows.group[order])) + 1
+    areas, sizes = [], []
+    for index in np.split(order, bounds):
+        weight = None if rows.weight is None else rows.weight[index]
+        area = _binary_auc(rows.label[index], rows.score[index], weight)
+        if not np.isnan(area):
+            areas.append(area)
+            sizes.append(len(index) if weight is None else weight.sum())
+    return float(np.average(areas, weights=sizes)) if areas else float("nan")
+
+
+def _log_loss(kind: str, rows: Rows) -> float:
+    if kind == "multiclass":
+        chosen = rows.score[np.arange(len(rows)), rows.label]
+        losses = -np.log(np.clip(chosen, _TINY, 1.0))
+    else:
+        score = np.clip(rows.score, _TINY, 1 - np.finfo(np.float64).epsneg)
+        losses = -(rows.label * np.log(score) + (1 - rows.label) * np.log1p(-score))
+        losses = losses if losses.ndim == 1 else losses.mean(1)
+    return float(np.average(losses, weights=rows.weight))
+
+
+_TINY = float(torch.finfo(torch.float32).tiny)  # scores are float32: smaller ones were rounded to 0
+
+
+def _decisions(kind: str, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    if kind == "multiclass":
+        return rows.label, rows.score.argmax(1)
+    return rows.label > 0.5, rows.score > 0.5
+
+
+def _accuracy(kind: str, rows: Rows) -> float:
+    """Share of right decisions; for multilabel, over all outputs."""
+    label, decision = _decisions(kind, rows)
+    right = label == decision
+    return float(np.average(right if right.ndim == 1 else right.mean(1), weights=rows.weight))
+
+
+def _f1(kind: str, rows: Rows) -> float:
+    """F1 of the positive class; the mean over classes or outputs where there are several."""
+    label, decision = _decisions(kind, rows)
+    average = "binary" if kind == "binary" else "macro"
+    return float(sk.f1_score(label, decision, average=average, sample_weight=rows.weight, zero_division=0.0))
+
+
+def _rmse(kind: str, rows: Rows) -> float:
+    return float(np.sqrt(np.average(np.square(rows.score - rows.label).mean(1), weights=rows.weight)))
+
+
+def _mae(kind: str, rows: Rows) -> float:
+    return float(np.average(np.abs(rows.score - rows.label).mean(1), weights=rows.weight))
+
+
+_MEASURES: dict[str, Callable[[str, Rows], float]] = {
+    "auc": _auc,
+    "group_auc": _group_auc,
+    "log_loss": _log_loss,
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "rmse": _rmse,
+    "mae": _mae,
+}
+
+
+def _decoded(decode: Callable[[dict[str, Tensor]], dict[str, np.ndarray]], task: Task, values_BC: Tensor) -> np.ndarray:
+    columns = decode({task.name: values_BC})
+    return np.stack([np.asarray(column) for column in columns.values()], axis=-1)
