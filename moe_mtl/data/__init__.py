@@ -1,7 +1,8 @@
 """Data: processors that turn rows into tensors, and one file per data set.
 
-A data set is a module of this package that defines a dataclass `Options` and a function `load(options) -> DataSplits`; the file name gives the name
-(`census_income.py` is "census-income"). Names are imported when first used: importing this package imports neither torch nor pyarrow.
+A data set is a module of this package that defines a dataclass `Options` and a function `load(options) -> DataSplits`;
+the file name gives the name (`census_income.py` is "census-income"). Names are imported when first used: importing this
+package imports neither torch nor pyarrow.
 """
 
 import dataclasses
@@ -29,7 +30,20 @@ _HOMES = {
     "infer_features": "infer",
     "open_source": "sources",
 }
-__all__ = ["DataError", "data_sets", "load", "options_of", *_HOMES]
+__all__ = [
+    "DataError",
+    "DataSplits",
+    "ShuffledBatches",
+    "Source",
+    "TabularProcessor",
+    "TensorTable",
+    "as_is",
+    "data_sets",
+    "infer_features",
+    "load",
+    "open_source",
+    "options_of",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -68,10 +82,27 @@ def load(name: str, **options: Any) -> "DataSplits":
     for key in options:
         if key not in known:
             raise DataError(f"data set {name!r}: unknown option {key!r}{nearest(key, known)}")
-    needed = [f.name for f in dataclasses.fields(module.Options) if f.default is f.default_factory is dataclasses.MISSING]
+    needed = [
+        f.name for f in dataclasses.fields(module.Options) if f.default is f.default_factory is dataclasses.MISSING
+    ]
     if absent := [key for key in needed if key not in options]:
         raise DataError(f"data set {name!r}: expected the option {', '.join(map(repr, absent))}, found none")
+    for field in dataclasses.fields(module.Options):
+        if field.name in options:
+            _check_option(f"data set {name!r}: {field.name}", field.default, options[field.name])
     return module.load(module.Options(**options))
+
+
+def _check_option(where: str, default: Any, value: Any) -> None:
+    """A value of the default's kind; a lone text where a list belongs is what a command line gets wrong most easily."""
+    if isinstance(default, tuple) and not isinstance(value, (list, tuple)):
+        raise DataError(f"{where}: expected a list, found {value!r:.80}")
+    if isinstance(default, (int, float)) and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise DataError(f"{where}: expected a number, found {value!r:.80}")
+    if isinstance(default, int) and not isinstance(value, int):
+        raise DataError(f"{where}: expected an integer, found {value!r:.80}")
+    if isinstance(default, str) and not isinstance(value, str):
+        raise DataError(f"{where}: expected a text, found {value!r:.80}")
 
 
 def _module(name: str) -> Any:

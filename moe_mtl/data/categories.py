@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .errors import DataError, check_choice, check_int, check_keys
-from .values import factorise, is_list, is_text, plain
+from .values import WHITE_SPACE, factorise, is_list, is_text, plain
 
 LOOKUP_LIMIT = 1024
-MAX_LENGTH = 4096
+MAX_LENGTH, DEFAULT_LENGTH = 4096, 256
 
 
 class CategoryCounts:
@@ -61,7 +61,7 @@ class Vocabulary:
         return pa.array(self.values, pa.string())
 
     def ids(self, codes: np.ndarray, texts: pa.Array, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """int64 `[B]`: the id, 0 for a value not in the vocabulary, -1 for a missing one. Takes what `factorise` returned.
+        """int64 `[B]` from what `factorise` returned: ids, 0 for a value not in the vocabulary, -1 for a missing one.
 
         Raises:
             DataError: an unknown value, where that is declared an error.
@@ -69,13 +69,18 @@ class Vocabulary:
         if len(texts) <= LOOKUP_LIMIT:  # Arrow hashes the whole vocabulary at each call
             table = np.fromiter((self._ids.get(text, 0) for text in texts.to_pylist()), np.int64, len(texts))
         else:
-            table = pc.index_in(texts, value_set=self._set).fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64) + 1
+            table = (
+                pc.index_in(texts, value_set=self._set).fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+                + 1
+            )
         ids = np.append(table, -1)[codes]  # code -1, missing, reads the last entry
         if self.unseen == "error" and (ids == 0).any():
             first = int((ids == 0).argmax())
             text = texts[int(codes[first])].as_py()
             known = ", ".join(map(repr, self.values[:5])) + (", ..." if len(self.values) > 5 else "")
-            raise DataError(f"expected a value seen in training ({known}), found {text!r:.80}", self.name, int(rows[first]))
+            raise DataError(
+                f"expected a value seen in training ({known}), found {text!r:.80}", self.name, int(rows[first])
+            )
         return ids
 
 
@@ -94,7 +99,8 @@ class CategoricalFeature:
     Attributes:
         name: the column.
         unseen: "unknown" maps a value not seen in training to id 0, "error" refuses it.
-        missing: "category" gives missing values a category of their own if training has some (else they are unknown); "error" refuses them.
+        missing: "category" gives missing values a category of their own if training has some (else they are unknown);
+            "error" refuses them.
         min_count: values seen less often are unknown.
         max_categories: keep only so many values, the most frequent ones.
     """
@@ -191,9 +197,10 @@ class ListFeature:
 
     Attributes:
         name: the column.
-        kind: "multi_hot": a set, repeated values count once and the first `max_length` stay; "sequence": in order, the last `max_length` stay.
+        kind: "multi_hot": a set, repeated values count once and the first `max_length` stay; "sequence": in order, the
+            last `max_length` stay.
         separator: cuts text columns.
-        max_length: ids per row; by default the longest row of training, at most 4096.
+        max_length: ids per row; by default the longest row of training, at most 256.
         pooling: how the model pools the embeddings.
         unseen: "unknown" maps a value not seen in training to id 0, "error" refuses it.
         min_count: values seen less often are unknown.
@@ -228,14 +235,16 @@ class ListFeature:
 
     def fit(self, counts: CategoryCounts) -> "ListColumn":
         vocabulary = Vocabulary(self.name, counts.vocabulary(self.min_count, self.max_categories), self.unseen)
-        max_length = self.max_length or min(max(counts.longest, 1), MAX_LENGTH)
+        max_length = self.max_length or min(max(counts.longest, 1), DEFAULT_LENGTH)
         return ListColumn(self.name, self.kind, vocabulary, self.separator, max_length, self.pooling)
 
 
 def split_lists(
     column: pa.Array, separator: str, missing: Sequence[str], name: str
 ) -> tuple[np.ndarray, np.ndarray, pa.Array, np.ndarray]:
-    """Lengths `[B]`, codes and texts of all items one after another, and which rows are missing, bool `[B]`. Missing items are left out.
+    """Lengths `[B]`, codes and texts of all items one after another, and which rows are missing, bool `[B]`.
+
+    Missing items are left out.
 
     Raises:
         DataError: neither lists nor text, or items that are no values.
@@ -244,8 +253,10 @@ def split_lists(
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if is_text(column.type):
-        texts = pc.utf8_trim_whitespace(column)
-        column = pc.split_pattern(pc.if_else(pc.is_in(texts, pa.array(missing, texts.type)), pa.scalar(None, texts.type), texts), separator)
+        texts = pc.utf8_trim(column.cast(pa.string()), characters=WHITE_SPACE)
+        column = pc.split_pattern(
+            pc.if_else(pc.is_in(texts, pa.array(missing, texts.type)), pa.scalar(None, texts.type), texts), separator
+        )
     elif pa.types.is_null(column.type):
         column = column.cast(pa.list_(pa.string()))
     if not is_list(column.type):
@@ -321,7 +332,9 @@ class ListColumn:
         keys = ("name", "kind", "values", "unseen", "separator", "max_length", "pooling")
         fields = check_keys(fields, keys, where, keys)
         check_vocabulary(fields["values"], f"{where}: values")
-        declared = ListFeature(*(fields[key] for key in ("name", "kind", "separator", "max_length", "pooling", "unseen")))
+        declared = ListFeature(
+            *(fields[key] for key in ("name", "kind", "separator", "max_length", "pooling", "unseen"))
+        )
         if declared.max_length is None:
             raise DataError(f"{where}: max_length: expected an integer, found null")
         vocabulary = Vocabulary(declared.name, fields["values"], declared.unseen)

@@ -1,7 +1,8 @@
 """Digits: 1,797 scanned handwritten digits of 8 x 8 pixels, as shipped with scikit-learn; nothing to download.
 
-Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998 (doi:10.24432/C50P49, CC BY 4.0),
-the test part. Four tasks that share one picture: which digit, odd or even, at least 5, how many holes.
+Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998
+(doi:10.24432/C50P49, CC BY 4.0), the test part. Four tasks that share one picture: which digit, odd or even, at least
+5, how many holes.
 """
 
 import hashlib
@@ -20,7 +21,8 @@ TASKS = {
     "at_least_5": Task("at_least_5", "binary"),
     "holes": Task("holes", "multiclass", 3),
 }
-# Closed loops of the printed digit. 4 counts as open (0): most of these writers leave it open. 6, 9 and 0 have one, 8 two.
+# Closed loops of the printed digit. 4 counts as open (0): most of these writers leave it open. 6, 9 and 0 have one, 8
+# two.
 HOLES = (1, 0, 0, 0, 0, 0, 1, 0, 2, 1)
 
 
@@ -49,14 +51,19 @@ def load(options: Options) -> DataSplits:
     pixels, digit = pixels.astype(np.float64), digit.astype(np.int64)
     columns = {f"p{i // 8}{i % 8}": pixels[:, i] for i in range(64)}
     features = [{"name": name, "kind": "numeric", "bins": None} for name in columns]
-    labels = {"digit": digit, "parity": digit % 2, "at_least_5": (digit >= 5).astype(np.int64), "holes": np.array(HOLES)[digit]}
+    labels = {
+        "digit": digit,
+        "parity": digit % 2,
+        "at_least_5": (digit >= 5).astype(np.int64),
+        "holes": np.array(HOLES)[digit],
+    }
     parts = take(pa.table(columns | labels), _stratified(digit))
     info = {"name": "digits", "licence": "CC-BY-4.0", "sha256": content_hash(pixels, digit), "rows": sizes(parts)}
     return DataSplits(**parts, features=features, tasks=[TASKS[task] for task in options.tasks], info=info)
 
 
 def _stratified(digit: np.ndarray) -> np.ndarray:
-    """0, 1 or 2 per row: of each digit, in order of the sha256 of the row number, 60 % train, 20 % validation, the rest test."""
+    """0, 1 or 2 per row: of each digit, ordered by sha256 of the row number, 60 % train, 20 % validation, 20 % test."""
     order = np.array(sorted(range(len(digit)), key=lambda i: hashlib.sha256(str(i).encode()).hexdigest()))
     part = np.empty(len(digit), np.int64)
     for value in range(10):

@@ -43,7 +43,9 @@ def check_keys(fields: Any, known: Iterable[str], where: str, required: Iterable
             raise DataError(f"{where}: unknown field {key!r}{nearest(key, known)}")
     absent = [key for key in required if key not in fields]
     if absent:
-        raise DataError(f"{where}: expected the fields {', '.join(map(repr, absent))}, found {', '.join(fields) or 'none'}")
+        raise DataError(
+            f"{where}: expected the fields {', '.join(map(repr, absent))}, found {', '.join(fields) or 'none'}"
+        )
     return dict(fields)
 
 

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from .errors import DataError
 from .sources import Source, open_source
-from .values import canonical, is_list, is_text, plain
+from .values import factorise, is_list, is_text, plain
 
 CATEGORICAL_INTEGERS = 32
 IDENTIFIER_SHARE = 0.5
@@ -27,9 +27,11 @@ def infer_features(
     - no value, or only one: left out;
     - lists: multi-hot;
     - booleans: categorical;
-    - whole numbers (a text column of nothing but numbers counts as numbers): categorical with up to 32 distinct values, else numeric;
+    - whole numbers (a text column of nothing but numbers counts as numbers): categorical with up to 32 distinct
+    values, else numeric;
     - other numbers: numeric;
-    - text and dates: categorical, but left out as an identifier where more than half of at least 100 values are distinct.
+    - text and dates: categorical, but left out as an identifier where more than half of at least 100 values are
+    distinct.
 
     Raises:
         DataError: no column is left to learn from.
@@ -44,17 +46,18 @@ def infer_features(
         if kind:
             features.append({"name": name, "kind": kind})
     if not features:
-        raise DataError(f"expected columns to learn from, found none of use: {'; '.join(notes) or 'there are none beside the labels'}")
+        found = "; ".join(notes) or "there are none beside the labels"
+        raise DataError(f"expected columns to learn from, found none of use: {found}")
     return features, notes
 
 
 def _head(source: Source, names: list[str], rows: int) -> dict[str, list[pa.Array]]:
     parts: dict[str, list[pa.Array]] = {name: [] for name in names}
     seen = 0
-    for numbers, batch in source.batches(names):
+    for held, batch in source.batches(names):
         for name in names:
             parts[name].append(plain(batch[name]))
-        seen += len(numbers)
+        seen += len(held)
         if seen >= rows:
             break
     return parts
@@ -64,8 +67,12 @@ def _kind(parts: list[pa.Array], missing: Sequence[str], name: str) -> tuple[str
     if any(is_list(part.type) for part in parts):
         return "multi_hot", "lists"
     parts = [part.dictionary_decode() if pa.types.is_dictionary(part.type) else part for part in parts]
-    texts = pa.chunked_array([canonical(part, missing, name) for part in parts], pa.string()).drop_null()
-    distinct = pc.unique(texts)
+    rows, values = 0, []
+    for part in parts:
+        codes, texts = factorise(part, missing, name)
+        rows += int((codes >= 0).sum())
+        values.append(texts)
+    distinct = pc.unique(pa.chunked_array(values, pa.string()).drop_null())
     if len(distinct) < 2:
         return None, f"{len(distinct)} distinct value{'s' * (len(distinct) != 1)}"
     types = {part.type for part in parts if not pa.types.is_null(part.type)}
@@ -73,13 +80,13 @@ def _kind(parts: list[pa.Array], missing: Sequence[str], name: str) -> tuple[str
         return "categorical", "booleans"
     if all(is_text(k) or pa.types.is_integer(k) or pa.types.is_floating(k) or pa.types.is_decimal(k) for k in types):
         try:
-            values = distinct.cast(pa.float64()).to_numpy(zero_copy_only=False)
+            numbers = distinct.cast(pa.float64()).to_numpy(zero_copy_only=False)
         except pa.ArrowInvalid:
-            values = None
-        if values is not None:
-            if (values == np.floor(values)).all() and len(distinct) <= CATEGORICAL_INTEGERS:
+            numbers = None
+        if numbers is not None:
+            if (numbers == np.floor(numbers)).all() and len(distinct) <= CATEGORICAL_INTEGERS:
                 return "categorical", f"{len(distinct)} distinct whole numbers"
             return "numeric", f"{len(distinct)} distinct numbers"
-    if len(texts) >= IDENTIFIER_ROWS and len(distinct) > IDENTIFIER_SHARE * len(texts):
-        return None, f"{len(distinct)} distinct values in {len(texts)} rows: an identifier or free text"
+    if rows >= IDENTIFIER_ROWS and len(distinct) > IDENTIFIER_SHARE * rows:
+        return None, f"{len(distinct)} distinct values in {rows} rows: an identifier or free text"
     return "categorical", f"{len(distinct)} distinct values"

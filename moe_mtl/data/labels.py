@@ -2,14 +2,15 @@
 
 A declaration per task, all fields optional:
 
-    column      the column (default: the task's name), or a list of columns for a multilabel or multi-output regression task
+    column      the column (default: the task's name), or a list of columns for a multilabel or multi-output regression
+    task
     positive    binary: the value or values that count as 1; every other one is 0
     negative    binary: the values that count as 0; with it any further value is an error
     all_of      binary: tasks; 1 where all of them are 1 (clicked and bought), 0 where one is 0
     classes     multiclass, multilabel: the values in order of their class ids; by default learned, sorted
     separator   multilabel: what cuts a text column (default `|`)
     standardise regression: false keeps the column's units (default true: mean 0, deviation 1 in training)
-    weight      the column with the weight of each row for this task
+    weight_column  the column with the weight of each row for this task
 
 A missing value is a missing label: NaN, or -100 for classes.
 """
@@ -29,12 +30,12 @@ from .errors import DataError, check_keys
 from .numeric import NumericSummary, check_number
 from .values import canonical_list, factorise, numbers
 
-FIELDS = ("column", "positive", "negative", "all_of", "classes", "separator", "standardise", "weight")
+FIELDS = ("column", "positive", "negative", "all_of", "classes", "separator", "standardise", "weight_column")
 FIELDS_OF_KIND = {
-    "binary": ("column", "positive", "negative", "all_of", "weight"),
-    "multiclass": ("column", "classes", "weight"),
-    "multilabel": ("column", "classes", "separator", "weight"),
-    "regression": ("column", "standardise", "weight"),
+    "binary": ("column", "positive", "negative", "all_of", "weight_column"),
+    "multiclass": ("column", "classes", "weight_column"),
+    "multilabel": ("column", "classes", "separator", "weight_column"),
+    "regression": ("column", "standardise", "weight_column"),
 }
 TRUTH = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0}
 MAX_CLASSES = 100_000
@@ -55,7 +56,7 @@ class Label:
         classes: canonical texts in order of their ids (multiclass, multilabel from one column), or None.
         separator: what cuts a multilabel text column.
         mean, std: scale per output (regression).
-        weight: column of the row weights, or None.
+        weight_column: where the row weights are, or None.
     """
 
     task: str
@@ -68,12 +69,12 @@ class Label:
     separator: str = "|"
     mean: list[float] | None = None
     std: list[float] | None = None
-    weight: str | None = None
+    weight_column: str | None = None
 
     @property
     def reads(self) -> list[str]:
         """The columns it needs."""
-        return self.columns + ([self.weight] if self.weight else [])
+        return self.columns + ([self.weight_column] if self.weight_column else [])
 
     def encode(self, batch: Columns, missing: Sequence[str], rows: Sequence[int]) -> np.ndarray:
         """float32 or int64, `[B]` or `[B, C]` as the kind has it. Not for `all_of`, which the processor joins.
@@ -100,7 +101,10 @@ class Label:
             expected = "0 or 1, or true or false"
         else:
             ones, zeros = set(self.positive), set(self.negative or ())
-            table = [1.0 if t in ones else 0.0 if self.negative is None or t in zeros else math.nan for t in texts.to_pylist()]
+            table = [
+                1.0 if t in ones else 0.0 if self.negative is None or t in zeros else math.nan
+                for t in texts.to_pylist()
+            ]
             expected = f"one of {', '.join(map(repr, self.positive + (self.negative or [])))}"
         values = np.array([*table, math.nan], np.float32)[codes]
         wrong = np.isnan(values) & (codes >= 0)
@@ -108,7 +112,9 @@ class Label:
             row = int(wrong.argmax())
             found = texts[int(codes[row])].as_py()
             hint = "" if self.positive else "; declare which values are 'positive' if they are others"
-            raise DataError(f"label of task {self.task!r}: expected {expected}, found {found!r:.80}{hint}", column, int(rows[row]))
+            raise DataError(
+                f"label of task {self.task!r}: expected {expected}, found {found!r:.80}{hint}", column, int(rows[row])
+            )
         return values
 
     def _class_ids(self, column: pa.Array | pa.ChunkedArray, missing: Sequence[str], rows: Sequence[int]) -> np.ndarray:
@@ -129,13 +135,17 @@ class Label:
 
     def encode_weights(self, batch: Columns, missing: Sequence[str], rows: Sequence[int]) -> np.ndarray:
         """float32 `[B]`. Raises DataError for a weight that is missing or negative."""
-        assert self.weight is not None
-        values = numbers(batch[self.weight], missing, self.weight, rows)
+        assert self.weight_column is not None
+        values = numbers(batch[self.weight_column], missing, self.weight_column, rows)
         wrong = ~(values >= 0)
         if wrong.any():
             row = int(wrong.argmax())
             found = "none" if np.isnan(values[row]) else values[row]
-            raise DataError(f"weight of task {self.task!r}: expected a number of at least 0, found {found}", self.weight, int(rows[row]))
+            raise DataError(
+                f"weight of task {self.task!r}: expected a number of at least 0, found {found}",
+                self.weight_column,
+                int(rows[row]),
+            )
         return values.astype(np.float32)
 
     def names(self) -> list[str] | None:
@@ -149,6 +159,19 @@ class Label:
         mean, std = torch.tensor(self.mean, dtype=torch.float64), torch.tensor(self.std, dtype=torch.float64)
         scaled = values.detach().to("cpu", torch.float64)
         return scaled * std + mean if scaled.dim() > 1 else scaled * std[0] + mean[0]
+
+    def check(self, task: Task, labels: Mapping[str, "Label"]) -> None:
+        """Raises DataError where the label does not suit its task, or joins tasks that cannot be joined."""
+        where = f"label of task {self.task!r}"
+        if self.kind != task.kind:
+            raise DataError(f"{where}: expected the kind {task.kind}, found {self.kind}")
+        outputs = len(self.classes if self.classes is not None else self.columns) or 1
+        if outputs != task.num_outputs:
+            raise DataError(f"{where}: expected {task.num_outputs} outputs, found {outputs}")
+        for name in self.all_of or ():
+            other = labels.get(name)
+            if other is None or other.kind != "binary" or other.all_of is not None:
+                raise DataError(f"{where}: all_of: expected binary tasks with a column, found {name!r}")
 
     def to_dict(self) -> dict[str, Any]:
         fields = {name: value for name, value in vars(self).items() if value is not None}
@@ -185,7 +208,7 @@ class LabelFitter:
     """Reads a declaration, watches the training rows go by, and makes the `Label`.
 
     Args:
-        task: name, kind, number of outputs and product of the task; `outputs` is None where it is to be learned.
+        fields: the task's, from `task_fields`.
         declared: the declaration, see the top of this file.
         available: the columns there are.
 
@@ -213,14 +236,16 @@ class LabelFitter:
             columns, all_of = [], list(all_of)
         if len(columns) != 1 and kind in ("binary", "multiclass") and all_of is None:
             raise DataError(f"{self.where}: expected one column, found {columns}")
-        self.label = Label(name, kind, columns, all_of=all_of, weight=declared.get("weight"))
+        self.label = Label(name, kind, columns, all_of=all_of, weight_column=declared.get("weight_column"))
         for key in ("positive", "negative", "classes"):
             if key in declared:
                 values = declared[key] if isinstance(declared[key], (list, tuple)) else [declared[key]]
                 setattr(self.label, key, canonical_list(values, f"{self.where}: {key}"))
         self.label.separator = declared.get("separator", "|")
         self.standardise = declared.get("standardise", True)
-        self.learns_classes = self.label.classes is None and (kind == "multiclass" or (kind == "multilabel" and len(columns) == 1))
+        self.learns_classes = self.label.classes is None and (
+            kind == "multiclass" or (kind == "multilabel" and len(columns) == 1)
+        )
         self.counts = CategoryCounts()
         self.summaries = [NumericSummary() for _ in columns] if kind == "regression" else []
 
@@ -246,16 +271,24 @@ class LabelFitter:
         """
         label, found = self.label, list(self.counts.counts)
         if label.positive is not None and not set(label.positive) & set(found):
-            raise DataError(f"{self.where}: no row has a positive value; expected {label.positive}, found {found!r:.200}", label.columns[0])
+            raise DataError(
+                f"{self.where}: no row has a positive value; expected {label.positive}, found {found!r:.200}",
+                label.columns[0],
+            )
         if self.summaries:
-            scales = [self._scale(summary, column) for summary, column in zip(self.summaries, label.columns, strict=True)]
+            scales = [
+                self._scale(summary, column) for summary, column in zip(self.summaries, label.columns, strict=True)
+            ]
             label.mean, label.std = [mean for mean, _ in scales], [std for _, std in scales]
         if self.learns_classes:
             label.classes = self._classes(found)
         outputs = len(label.classes or label.columns) or 1
         if self.outputs is not None and self.outputs != outputs:
             what = "classes" if label.classes else "columns"
-            raise DataError(f"{self.where}: expected {self.outputs} {what} (num_outputs), found {outputs}: {(label.classes or label.columns)!r:.200}")
+            raise DataError(
+                f"{self.where}: expected {self.outputs} {what} (num_outputs), found {outputs}: "
+                f"{(label.classes or label.columns)!r:.200}"
+            )
         return label, outputs
 
     def _scale(self, summary: NumericSummary, column: str) -> tuple[float, float]:
@@ -263,11 +296,13 @@ class LabelFitter:
             raise DataError(f"{self.where}: expected at least one value, found none", column)
         mean, std = summary.scale()
         if not (math.isfinite(mean) and math.isfinite(std)):
-            raise DataError(f"{self.where}: expected values whose mean and deviation fit a double, found an overflow", column)
+            raise DataError(
+                f"{self.where}: expected values whose mean and deviation fit a double, found an overflow", column
+            )
         return (mean, std) if self.standardise else (0.0, 1.0)
 
     def _classes(self, found: list[str]) -> list[str]:
-        """Sorted as numbers where all are integers, else as texts. Integers within the outputs are class ids as they are."""
+        """Sorted, as numbers where all are integers. Integers below the number of outputs are class ids as they are."""
         whole = all(text.removeprefix("-").isdecimal() for text in found)
         if whole and self.outputs is not None and found and all(0 <= int(text) < self.outputs for text in found):
             return [str(i) for i in range(self.outputs)]
@@ -276,9 +311,17 @@ class LabelFitter:
         return sorted(found, key=int) if whole else sorted(found)
 
 
-def label_for(task: Task | Mapping[str, Any], declared: Mapping[str, Any], available: Sequence[str]) -> LabelFitter:
-    """The fitter of one task; a multiclass or multilabel task given as a dict may leave `num_outputs` to be learned."""
-    return LabelFitter({**task.to_dict(), "num_outputs": task.num_outputs} if isinstance(task, Task) else task, declared, available)
+def task_fields(task: Task | Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a task, `num_outputs` left out where it is to be learned: a dict need not give it.
+
+    Raises:
+        ValueError: an unknown or missing field, a value that makes no sense.
+    """
+    if isinstance(task, Task):
+        return {**task.to_dict(), "num_outputs": task.num_outputs}
+    learns = isinstance(task, Mapping) and task.get("kind") == "multiclass" and "num_outputs" not in task
+    Task.from_dict({**task, "num_outputs": 2} if learns else dict(task))
+    return dict(task)
 
 
 def decode_task(task: Task, label: Label, logits_BC: torch.Tensor) -> dict[str, np.ndarray]:
@@ -288,7 +331,11 @@ def decode_task(task: Task, label: Label, logits_BC: torch.Tensor) -> dict[str, 
         return {task.name: predicted.numpy()}
     if task.kind == "regression":
         values = label.unscale(predicted).numpy()
-        return {task.name: values} if values.ndim == 1 else {f"{task.name}/{n}": values[:, i] for i, n in enumerate(label.columns)}
+        return (
+            {task.name: values}
+            if values.ndim == 1
+            else {f"{task.name}/{n}": values[:, i] for i, n in enumerate(label.columns)}
+        )
     names = label.names() or [task.name]
     columns = {f"{task.name}/{name}": predicted[:, i].numpy() for i, name in enumerate(names)}
     if task.kind == "multilabel":

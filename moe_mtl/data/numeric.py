@@ -1,7 +1,8 @@
 """Numeric features: scale, default for missing values, and bins for the piecewise-linear encoding.
 
-Real columns are mostly zeros with a long tail (capital gains: 96 % zeros). Ordinary quantiles of such a column are nearly all zero, and the encoding
-then knows nothing about the tail. The bins here are the quantiles of the values above the column's minimum joined with those of its distinct values.
+Real columns are mostly zeros with a long tail (capital gains: 96 % zeros). Ordinary quantiles of such a column are
+nearly all zero, and the encoding then knows nothing about the tail. The bins here are the quantiles of the values above
+the column's minimum joined with those of its distinct values.
 """
 
 import math
@@ -18,12 +19,14 @@ from .values import numbers
 NUM_BINS = 48
 EXACT_VALUES = 2_000_000
 SEED = 20_261
+MAX_FLOAT32, MAX_FLOAT64 = float(np.finfo(np.float32).max), float(np.finfo(np.float64).max)
 
 
 class NumericSummary:
     """Moments and a value sample of a stream of numbers.
 
-    Up to `limit` values, everything is exact. Beyond, mean, deviation, minimum and maximum stay exact, and quantiles come
+    Up to `limit` values, everything is exact. Beyond, mean, deviation, minimum and maximum stay exact, and quantiles
+    come
     from a uniform sample of `limit` values: each value draws a random key from a fixed seed and those with the smallest
     keys stay, so the sample does not depend on how the rows are cut into batches.
     """
@@ -66,17 +69,21 @@ class NumericSummary:
         if not self.parts:
             return np.zeros(0)
         self._shrink()
-        return np.sort(self.parts[0])
+        values = np.sort(self.parts[0])
+        values[[0, -1]] = self.minimum, self.maximum  # a drawn sample may lack them
+        return values
 
     def scale(self) -> tuple[float, float]:
         """Mean and standard deviation (population); the deviation of a constant column is given as 1."""
+        if self.minimum == self.maximum:  # their mean may differ from it by a rounding
+            return float(self.minimum), 1.0
         if self.count <= self.limit:  # one sum over the sorted values: the same however the rows were cut
             values = self.sample()
             with np.errstate(over="ignore", invalid="ignore"):
                 mean, std = float(values.mean()), float(values.std())
         else:
             mean, std = float(self.mean), math.sqrt(self.m2 / self.count)
-        return mean, std if std > 0 and self.minimum < self.maximum else 1.0
+        return mean, std if std > 0 else 1.0
 
 
 def zero_inflated_bins(values: np.ndarray, num_bins: int = NUM_BINS) -> np.ndarray:
@@ -133,33 +140,41 @@ class NumericFeature:
         values = summary.sample()
         edges: list[float] | None = None
         if self.bins is not None:
-            declared = isinstance(self.bins, (list, tuple))
-            raw = np.asarray(self.bins, np.float64) if declared else zero_inflated_bins(values, int(self.bins))  # type: ignore[arg-type]
-            edges = float32_edges((raw - mean) / std)
+            raw = zero_inflated_bins(values, self.bins) if isinstance(self.bins, int) else np.asarray(self.bins, float)
+            edges = float32_edges((raw - mean) / std, self.name)
         return NumericColumn(self.name, mean, std, float(np.median(values)), self.missing, edges)
 
 
-def float32_edges(edges: np.ndarray) -> list[float]:
+def float32_edges(edges: np.ndarray, name: str) -> list[float]:
     """Edges that still increase once they are float32; at least two, for a constant column too."""
-    rounded = np.unique(edges.astype(np.float32))
+    with np.errstate(over="ignore"):
+        rounded = np.unique(edges.astype(np.float32))
+    if not np.isfinite(rounded).all():
+        raise DataError("bins: expected edges that fit float32 once scaled, found an overflow", name)
     if len(rounded) < 2:
-        rounded = np.array([rounded[0], np.maximum(rounded[0] + 1, np.nextafter(rounded[0], np.float32(np.inf)))], np.float32)
+        rounded = np.array(
+            [rounded[0], np.maximum(rounded[0] + 1, np.nextafter(rounded[0], np.float32(np.inf)))], np.float32
+        )
     return [float(edge) for edge in rounded]
 
 
 def check_edges(edges: Any, where: str) -> None:
     """Raises DataError unless there are at least two finite numbers, increasing as float32."""
-    numeric = isinstance(edges, (list, tuple)) and all(isinstance(e, (int, float)) and not isinstance(e, bool) for e in edges)
-    if not numeric or len(edges) < 2 or not np.isfinite(np.asarray(edges, np.float32)).all():
-        raise DataError(f"{where}: expected at least two finite numbers, found {edges!r:.80}")
-    if not (np.diff(np.asarray(edges, np.float32)) > 0).all():
-        raise DataError(f"{where}: expected edges that increase, as float32 too")
+    if not isinstance(edges, (list, tuple)) or len(edges) < 2:
+        raise DataError(f"{where}: expected at least two numbers, found {edges!r:.80}")
+    for edge in edges:
+        check_number(edge, where)
+    with np.errstate(over="ignore", invalid="ignore"):
+        rising = np.diff(np.asarray(edges, np.float64).astype(np.float32)) > 0
+    if not rising.all() or abs(edges[-1]) > MAX_FLOAT32:
+        raise DataError(f"{where}: expected edges that increase, as float32 too, found {edges!r:.80}")
 
 
 def check_number(value: Any, where: str, low: float = -math.inf) -> None:
     """Raises DataError unless `value` is a finite number above `low`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not value > low:
-        raise DataError(f"{where}: expected a finite number{f' above {low}' if math.isfinite(low) else ''}, found {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MAX_FLOAT64 or value <= low:
+        above = f" above {low}" if math.isfinite(low) else ""
+        raise DataError(f"{where}: expected a finite number{above}, found {value!r:.80}")
 
 
 @dataclass(frozen=True)
@@ -183,7 +198,8 @@ class NumericColumn:
         """float32 `[B]`, standardised.
 
         Raises:
-            DataError: text, an infinity, a value too far out for float32, or a missing one where that is declared an error.
+            DataError: text, an infinity, a value too far out for float32, or a missing one where that is declared an
+                error.
         """
         values = numbers(column, missing, self.name, rows)
         absent = np.isnan(values)
@@ -196,7 +212,9 @@ class NumericColumn:
         outside = ~np.isfinite(scaled)
         if outside.any():
             row = int(outside.argmax())
-            raise DataError(f"expected a value that fits float32 once scaled, found {values[row]}", self.name, int(rows[row]))
+            raise DataError(
+                f"expected a value that fits float32 once scaled, found {values[row]}", self.name, int(rows[row])
+            )
         return scaled
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,51 +12,28 @@ from torch import Tensor
 
 from ..files import write_atomically
 from ..tasks import Task, UnknownTaskError, parse_tasks
-from .categories import CategoricalColumn, CategoricalFeature, CategoryCounts, ListColumn, ListFeature
+from .categories import ListColumn, check_vocabulary
 from .errors import DataError, check_choice, check_keys, nearest
+from .features import COLUMNS, Column, FeatureFitter
 from .infer import infer_features
-from .labels import Label, decode_task, label_for
-from .numeric import EXACT_VALUES, NumericColumn, NumericFeature, NumericSummary
-from .sources import BATCH_ROWS, Source, open_source
-from .values import factorise
+from .labels import Label, LabelFitter, decode_task, task_fields
+from .sources import BATCH_ROWS, open_source
+from .values import canonical_text, factorise
 
 FILE = "preprocessor_config.json"
 VERSION = 1
 TYPE = "moe_mtl_tabular"
-FEATURES = {"numeric": NumericFeature, "categorical": CategoricalFeature, "multi_hot": ListFeature, "sequence": ListFeature}
-COLUMNS = {"numeric": NumericColumn, "categorical": CategoricalColumn, "multi_hot": ListColumn, "sequence": ListColumn}
-INPUTS = ("numeric", "categorical", "sequences")
-# Values held for quantiles, over all numeric columns together: a bound on memory, about 0.6 GB.
-HELD_VALUES = 20_000_000
-
-Column = NumericColumn | CategoricalColumn | ListColumn
-
-
-def declare_feature(fields: Mapping[str, Any]) -> NumericFeature | CategoricalFeature | ListFeature:
-    """A feature from its declaration: `name`, `kind` and the options of that kind.
-
-    Raises:
-        DataError: an unknown kind or option, or a value that makes no sense, by name.
-    """
-    if not isinstance(fields, Mapping) or not isinstance(fields.get("name"), str) or not fields["name"]:
-        raise DataError(f"expected a feature with a name, found {fields!r:.80}")
-    where = f"feature {fields['name']!r}"
-    check_choice(fields.get("kind"), FEATURES, f"{where}: kind")
-    cls = FEATURES[fields["kind"]]
-    known = ["kind", *(name for name in cls.__dataclass_fields__ if name != "kind")]
-    fields = check_keys(fields, known, where)
-    return cls(**{key: value for key, value in fields.items() if key != "kind" or cls is ListFeature})
 
 
 class TabularProcessor:
     """Turns rows into the tensors of a model and its logits into predictions.
 
-    Made by `fit` or `from_pretrained`. Encoding depends on nothing but the saved file and the row: the same row gives the
-    same tensors alone, in a batch, from a frame or from a file.
+    Made by `fit` or `from_pretrained`. Encoding depends on nothing but the saved file and the row: the same row gives
+    the same tensors alone, in a batch, from a frame or from a file.
 
-    What happens to values that training has not seen, in short: an unseen category is "unknown" or an error, as declared per
-    feature; a missing number is the training median or an error; a missing column, text in a numeric column and an infinity
-    are errors; columns that nobody asked for are ignored, or an error with `extra_columns="error"`.
+    What happens to values that training has not seen: a category is "unknown" or an error, as declared per feature; a
+    missing number is the training median or an error; a missing column, text in a numeric column and an infinity are
+    errors; columns that training did not have are ignored, or an error with `extra_columns="error"`.
     """
 
     def __init__(
@@ -65,22 +42,27 @@ class TabularProcessor:
         tasks: Sequence[Task],
         labels: Mapping[str, Label],
         group_column: str | None = None,
-        extra_columns: str = "ignore",
+        known_columns: Sequence[str] | None = None,
         missing_values: Sequence[str] = ("",),
     ):
         names = [column.name for column in columns]
         for name in names:
             if names.count(name) > 1:
                 raise DataError(f"feature {name!r} is declared twice")
-        check_choice(extra_columns, ("ignore", "error"), "extra_columns")
         if isinstance(missing_values, str) or not all(isinstance(text, str) for text in missing_values):
             raise DataError(f"missing_values: expected a list of texts, found {missing_values!r}")
         self.columns = list(columns)
         self.parsed_tasks = parse_tasks(list(tasks))
         self.labels = dict(labels)
         if list(self.labels) != [task.name for task in self.parsed_tasks]:
-            raise DataError(f"expected a label for each of the tasks {[t.name for t in self.parsed_tasks]}, found {list(self.labels)}")
-        self.group_column, self.extra_columns, self.missing_values = group_column, extra_columns, tuple(missing_values)
+            names = [task.name for task in self.parsed_tasks]
+            raise DataError(f"expected a label for each of the tasks {names}, found {list(self.labels)}")
+        if not self.columns or not self.parsed_tasks:
+            raise DataError(f"expected at least one feature and one task, found {len(columns)} and {len(tasks)}")
+        for task in self.parsed_tasks:
+            self.labels[task.name].check(task, self.labels)
+        self.group_column, self.missing_values = group_column, tuple(missing_values)
+        self.known_columns = list(known_columns) if known_columns is not None else None
         read = {column for label in self.labels.values() for column in label.reads}
         if leaks := sorted(read & set(names)):
             raise DataError(f"columns {leaks} are labels or weights and cannot be features")
@@ -104,47 +86,49 @@ class TabularProcessor:
             tasks: what is predicted; a multiclass or multilabel task given as a dict may leave out `num_outputs`.
             features: declarations, see `NumericFeature`, `CategoricalFeature`, `ListFeature`; by default inferred from
                 every column that is no label, weight or group (`infer_features`).
-            labels: how each task's label is read, by task, see `moe_mtl.data.labels`; by default the column with the task's name.
+            labels: how each task's label is read, by task, see `moe_mtl.data.labels`; by default the column with the
+                task's name.
             group_column: the column whose values group AUC goes by.
-            extra_columns: "error" refuses rows with columns that are not used.
+            extra_columns: "error" refuses, from now on, rows with columns that the training rows do not have.
             missing_values: texts that stand for a missing value, in any column.
 
         Raises:
             DataError: no rows, a missing column, a value that cannot be what its column is declared to be.
         """
         source = open_source(source)
+        check_choice(extra_columns, ("ignore", "error"), "extra_columns")
+        missing_values = [canonical_text(text) for text in missing_values]
         labels = dict(labels or {})
-        fields = [task.to_dict() | {"num_outputs": task.num_outputs} if isinstance(task, Task) else dict(task) for task in tasks]
-        names = [field.get("name") for field in fields]
+        fields = [task_fields(task) for task in tasks]
+        names = [field["name"] for field in fields]
         for name in labels:
             if name not in names:
-                raise DataError(f"label declared for an unknown task {name!r}{nearest(name, map(str, names))}")
-        fitters = [label_for(field, labels.get(field.get("name"), {}), source.columns) for field in fields]
+                raise DataError(f"label declared for an unknown task {name!r}{nearest(name, names)}")
+        fitters = [LabelFitter(field, labels.get(field["name"], {}), source.columns) for field in fields]
         label_columns = list(dict.fromkeys(column for fitter in fitters for column in fitter.label.reads))
         if features is None:
             used = [*label_columns, *([group_column] if group_column else [])]
             features, _ = infer_features(source, exclude=used, missing_values=missing_values)
-        declared = [declare_feature(feature) for feature in features]
-        wanted = [feature.name for feature in declared] + label_columns
-        source.require(list(dict.fromkeys(wanted)), "training rows")
-
-        numeric = sum(isinstance(feature, NumericFeature) for feature in declared)
-        limit = min(EXACT_VALUES, HELD_VALUES // max(numeric, 1))
-        states = [NumericSummary(limit) if isinstance(feature, NumericFeature) else CategoryCounts() for feature in declared]
+        inputs = FeatureFitter(features)
+        wanted = list(dict.fromkeys([*inputs.names, *label_columns]))
+        source.require([*wanted, *([group_column] if group_column else [])], "training rows")
         num_rows = 0
-        for rows, batch in source.batches(list(dict.fromkeys(wanted)), BATCH_ROWS):
+        for rows, batch in source.batches(wanted, BATCH_ROWS):
             num_rows += len(rows)
-            for feature, state in zip(declared, states, strict=True):
-                feature.count(state, batch[feature.name], missing_values, rows)  # type: ignore[arg-type]
+            inputs.update(batch, missing_values, rows)
             for fitter in fitters:
                 fitter.update(batch, missing_values, rows)
         if not num_rows:
             raise DataError("expected rows to learn from, found none")
-        columns = [feature.fit(state) for feature, state in zip(declared, states, strict=True)]  # type: ignore[arg-type]
+        columns = inputs.finish()
         finished = [fitter.finish() for fitter in fitters]
-        learned = [Task.from_dict(field | {"num_outputs": outputs}) for field, (_, outputs) in zip(fields, finished, strict=True)]
+        learned = [
+            Task.from_dict(field | {"num_outputs": outputs})
+            for field, (_, outputs) in zip(fields, finished, strict=True)
+        ]
         by_task = {label.task: label for label, _ in finished}
-        return cls(columns, learned, by_task, group_column, extra_columns, missing_values)
+        known = source.columns if extra_columns == "error" else None
+        return cls(columns, learned, by_task, group_column, known, missing_values)
 
     # --- what the model's config needs ---
 
@@ -168,15 +152,19 @@ class TabularProcessor:
             labels: whether to read labels, weights and groups too; False for prediction.
 
         Returns:
-            `numeric` float32 `[B, Fn]`, `categorical` int64 `[B, Fc]`, `sequences` int64 `[B, Fs, L]` padded with -1; a kind without
-            features is left out. With labels also `labels` by task, `sample_weights` by task and `groups` int64 `[B]` where declared.
+            `numeric` float32 `[B, Fn]`, `categorical` int64 `[B, Fc]`, `sequences` int64 `[B, Fs, L]` padded with -1;
+            a kind without
+            features is left out. With labels also `labels` by task, `sample_weights` by task and `groups` int64 `[B]`
+            where declared.
 
         Raises:
             DataError: no rows, a missing column, a value that cannot be what its column is declared to be.
         """
         return _concatenate([encoded for _, encoded in self.stream(rows, labels)])
 
-    def stream(self, rows: Any, labels: bool = True, batch_rows: int = BATCH_ROWS) -> Iterator[tuple[Sequence[int], dict[str, Any]]]:
+    def stream(
+        self, rows: Any, labels: bool = True, batch_rows: int = BATCH_ROWS
+    ) -> Iterator[tuple[Sequence[int], dict[str, Any]]]:
         """Encodes rows batch by batch, for files larger than memory: yields `(row numbers, what __call__ returns)`.
 
         Raises:
@@ -189,10 +177,9 @@ class TabularProcessor:
             wanted += [self.group_column] if self.group_column else []
         wanted = list(dict.fromkeys(wanted))
         source.require(wanted, "rows")
-        if self.extra_columns == "error":
-            own = {*wanted, self.group_column, *(column for label in self.labels.values() for column in label.reads)}
-            if extra := [name for name in source.columns if name not in own]:
-                raise DataError(f"rows: unknown columns {', '.join(map(repr, extra))}")
+        known = self.known_columns
+        if known is not None and (extra := [name for name in source.columns if name not in set(known)]):
+            raise DataError(f"rows: unknown columns {', '.join(map(repr, extra))}{nearest(extra[0], known)}")
         found = False
         for numbers, batch in source.batches(wanted, batch_rows):
             found = found or len(numbers) > 0
@@ -215,7 +202,11 @@ class TabularProcessor:
             out["sequences"] = torch.from_numpy(sequences)
         if labels:
             out["labels"] = self._encode_labels(batch, rows)
-            weights = {n: label.encode_weights(batch, self.missing_values, rows) for n, label in self.labels.items() if label.weight}
+            weights = {
+                n: label.encode_weights(batch, self.missing_values, rows)
+                for n, label in self.labels.items()
+                if label.weight_column
+            }
             if weights:
                 out["sample_weights"] = {name: torch.from_numpy(values) for name, values in weights.items()}
             if self.group_column:
@@ -223,7 +214,11 @@ class TabularProcessor:
         return out
 
     def _encode_labels(self, batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Tensor]:
-        own = {n: label.encode(batch, self.missing_values, rows) for n, label in self.labels.items() if label.all_of is None}
+        own = {
+            n: label.encode(batch, self.missing_values, rows)
+            for n, label in self.labels.items()
+            if label.all_of is None
+        }
         for name, label in self.labels.items():
             if label.all_of is not None:
                 parts = np.stack([own[task] for task in label.all_of])
@@ -256,7 +251,11 @@ class TabularProcessor:
         by_name = {task.name: task for task in self.parsed_tasks}
         if unknown := [name for name in logits if name not in by_name]:
             raise UnknownTaskError(unknown, list(by_name))
-        return {k: v for name, values in logits.items() for k, v in decode_task(by_name[name], self.labels[name], values).items()}
+        return {
+            k: v
+            for name, values in logits.items()
+            for k, v in decode_task(by_name[name], self.labels[name], values).items()
+        }
 
     def unscale(self, task: str, values: Tensor) -> Tensor:
         """Predictions or labels of a regression task in the column's units, float64; those of other tasks as they are.
@@ -281,7 +280,7 @@ class TabularProcessor:
             "tasks": self.tasks,
             "labels": [label.to_dict() for label in self.labels.values()],
             "group_column": self.group_column,
-            "extra_columns": self.extra_columns,
+            "known_columns": self.known_columns,
             "missing_values": list(self.missing_values),
         }
 
@@ -292,7 +291,17 @@ class TabularProcessor:
         Raises:
             DataError: an unknown or missing field, a version of another library release, a value of the wrong type.
         """
-        keys = ("processor_class", "processor_type", "version", "features", "tasks", "labels", "group_column", "extra_columns", "missing_values")
+        keys = (
+            "processor_class",
+            "processor_type",
+            "version",
+            "features",
+            "tasks",
+            "labels",
+            "group_column",
+            "known_columns",
+            "missing_values",
+        )
         fields = check_keys(fields, keys, FILE, keys)
         check_choice(fields["processor_class"], (cls.__name__,), f"{FILE}: processor_class")
         check_choice(fields["processor_type"], (TYPE,), f"{FILE}: processor_type")
@@ -302,6 +311,8 @@ class TabularProcessor:
                 raise DataError(f"{FILE}: {key}: expected a list, found {fields[key]!r:.80}")
         if not isinstance(fields["group_column"], str | None):
             raise DataError(f"{FILE}: group_column: expected a text or null, found {fields['group_column']!r:.80}")
+        if fields["known_columns"] is not None:
+            check_vocabulary(fields["known_columns"], f"{FILE}: known_columns")
         columns: list[Column] = []
         for feature in fields["features"]:
             if not isinstance(feature, dict) or not isinstance(feature.get("name"), str):
@@ -310,11 +321,8 @@ class TabularProcessor:
             columns.append(COLUMNS[feature["kind"]].from_dict(feature))  # type: ignore[attr-defined]
         labels = [Label.from_dict(label) for label in fields["labels"]]
         tasks = parse_tasks(fields["tasks"])
-        for task, label in zip(tasks, labels, strict=False):
-            if label.kind != task.kind:
-                raise DataError(f"{FILE}: task {task.name!r} is {task.kind}, its label {label.kind}")
         by_task = {label.task: label for label in labels}
-        return cls(columns, tasks, by_task, fields["group_column"], fields["extra_columns"], fields["missing_values"])
+        return cls(columns, tasks, by_task, fields["group_column"], fields["known_columns"], fields["missing_values"])
 
     def save_pretrained(self, folder: str | Path) -> list[str]:
         """Writes `preprocessor_config.json` into `folder`, whole or not at all. Returns the path written.
@@ -328,13 +336,16 @@ class TabularProcessor:
         return [str(path)]
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool | None = False) -> "TabularProcessor":
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool | None = False
+    ) -> "TabularProcessor":
         """Loads what `save_pretrained` wrote.
 
         Args:
             name_or_path: a folder, a zoo name or a Hub id.
             revision: of a Hub repository.
-            trust_remote_code: must be false: a processor is data, no code comes with it (transformers passes this along).
+            trust_remote_code: must be false: a processor is data, no code comes with it (transformers passes this
+                along).
 
         Raises:
             FileNotFoundError: there is no such folder or file.
@@ -375,4 +386,9 @@ def _concatenate(parts: list[dict[str, Any]]) -> dict[str, Any]:
     if len(parts) == 1:
         return parts[0]
     first = parts[0]
-    return {key: _concatenate([p[key] for p in parts]) if isinstance(first[key], dict) else torch.cat([p[key] for p in parts]) for key in first}
+    return {
+        key: _concatenate([p[key] for p in parts])
+        if isinstance(first[key], dict)
+        else torch.cat([p[key] for p in parts])
+        for key in first
+    }

@@ -13,13 +13,12 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
 from .errors import DataError, nearest
-from .values import is_text, plain
+from .values import plain
 
 BATCH_ROWS = 65_536
 BLOCK_BYTES = 1 << 23
@@ -65,7 +64,9 @@ class Source(ABC):
         columns = self.columns if columns is None else list(columns)
         tables = [pa.table(dict(batch)) for _, batch in self.batches(columns)]
         try:
-            return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({c: [] for c in columns})
+            return (
+                pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({c: [] for c in columns})
+            )
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise DataError(f"the rows change their type within the file: {error}") from None
 
@@ -151,7 +152,8 @@ class FileSource(Source):
     """Files of one kind and the same columns, read one after another.
 
     Args:
-        paths: `.csv`, `.tsv` (also `.gz`), `.parquet`, `.pq`, `.jsonl`, `.ndjson` (also `.gz`); a folder stands for such files in it.
+        paths: `.csv`, `.tsv` (also `.gz`), `.parquet`, `.pq`, `.jsonl`, `.ndjson` (also `.gz`); a folder stands for
+            such files in it.
         delimiter: of CSV; by default a comma, a tab for `.tsv`.
         names: column names of CSV files without a header line.
 
@@ -160,9 +162,13 @@ class FileSource(Source):
         DataError: an unknown kind of file, an empty file, files with different columns.
     """
 
-    def __init__(self, paths: str | Path | Sequence[str | Path], delimiter: str | None = None, names: Sequence[str] | None = None):
+    def __init__(
+        self, paths: str | Path | Sequence[str | Path], delimiter: str | None = None, names: Sequence[str] | None = None
+    ):
         self.delimiter, self.names = delimiter, list(names) if names is not None else None
-        self.paths = [path for given in ([paths] if isinstance(paths, (str, Path)) else paths) for path in _files(Path(given))]
+        self.paths = [
+            path for given in ([paths] if isinstance(paths, (str, Path)) else paths) for path in _files(Path(given))
+        ]
         if not self.paths:
             raise DataError("expected at least one file, found none")
         self.columns = self._columns(self.paths[0])
@@ -172,7 +178,10 @@ class FileSource(Source):
         for path in self.paths[1:]:
             other = self._columns(path)
             if set(other) != set(self.columns):
-                raise DataError(f"{path}: expected the columns of {self.paths[0].name}, differing in {sorted(set(other) ^ set(self.columns))}")
+                raise DataError(
+                    f"{path}: expected the columns of {self.paths[0].name}, found others: "
+                    f"{sorted(set(other) ^ set(self.columns))!r:.200}"
+                )
 
     def batches(self, columns: Sequence[str], batch_rows: int = BATCH_ROWS) -> Iterator[Batch]:
         start = 0
@@ -191,7 +200,9 @@ class FileSource(Source):
             return self.names
         try:
             if kind == "csv":
-                with pa.csv.open_csv(path, pa.csv.ReadOptions(block_size=BLOCK_BYTES), self._csv_options(path)) as reader:
+                with pa.csv.open_csv(
+                    path, pa.csv.ReadOptions(block_size=BLOCK_BYTES), self._csv_options(path)
+                ) as reader:
                     return reader.schema.names
             if kind == "parquet":
                 return pa.parquet.read_schema(path).names
@@ -214,7 +225,9 @@ class FileSource(Source):
         elif kind == "csv":
             read = pa.csv.ReadOptions(block_size=BLOCK_BYTES, column_names=self.names)
             convert = pa.csv.ConvertOptions(
-                column_types=dict.fromkeys(self.columns, pa.string()), include_columns=columns, strings_can_be_null=False
+                column_types=dict.fromkeys(self.columns, pa.string()),
+                include_columns=columns,
+                strings_can_be_null=False,
             )
             with pa.csv.open_csv(path, read, self._csv_options(path), convert) as reader:
                 yield from reader
@@ -231,7 +244,9 @@ class SelectedRows(Source):
         reads: names of the columns the choice depends on.
     """
 
-    def __init__(self, base: Source, selects: Callable[[np.ndarray, Mapping[str, Any]], np.ndarray], reads: Sequence[str] = ()):
+    def __init__(
+        self, base: Source, selects: Callable[[np.ndarray, Mapping[str, Any]], np.ndarray], reads: Sequence[str] = ()
+    ):
         self.base, self.selects, self.reads = base, selects, list(reads)
         self.columns = base.columns
 
@@ -248,7 +263,8 @@ def open_source(rows: Any) -> Source:
     """A source over whatever holds rows.
 
     Args:
-        rows: a `Source`, pyarrow table or record batch, pandas frame, `datasets` data set, path or paths of files, list of
+        rows: a `Source`, pyarrow table or record batch, pandas frame, `datasets` data set, path or paths of files,
+            list of
             dicts (a key that some rows lack is missing in them) or dict of columns.
 
     Raises:
@@ -265,7 +281,9 @@ def open_source(rows: Any) -> Source:
         return FileSource(rows)
     if isinstance(rows, Mapping):
         return ColumnsSource(rows)
-    if isinstance(rows, (list, tuple)) and rows and all(isinstance(row, (str, Path)) for row in rows):
+    if isinstance(rows, (list, tuple)) and not rows:
+        raise DataError("expected at least one row, found none")
+    if isinstance(rows, (list, tuple)) and all(isinstance(row, (str, Path)) for row in rows):
         return FileSource(rows)
     if isinstance(rows, (list, tuple)) and all(isinstance(row, Mapping) for row in rows):
         names = dict.fromkeys(name for row in rows for name in row)
@@ -274,13 +292,14 @@ def open_source(rows: Any) -> Source:
     pandas, datasets = sys.modules.get("pandas"), sys.modules.get("datasets")
     if pandas is not None and isinstance(rows, pandas.DataFrame):
         if not rows.columns.is_unique:
-            raise DataError(f"expected distinct column names, found {rows.columns[rows.columns.duplicated()].tolist()} more than once")
+            repeated = rows.columns[rows.columns.duplicated()].tolist()
+            raise DataError(f"expected distinct column names, found {repeated} more than once")
         return ColumnsSource({name: rows[name] for name in rows.columns})
     if datasets is not None and isinstance(rows, (datasets.Dataset, datasets.IterableDataset)):
         return DatasetSource(rows)
     raise DataError(
-        "expected a table, a frame, a data set, paths of .csv, .parquet or .jsonl files, a list of dicts or a dict of columns, "
-        f"found {type(rows).__name__}"
+        "expected a table, a frame, a data set, paths of .csv, .parquet or .jsonl files, a list of dicts or a dict of "
+        f"columns, found {type(rows).__name__}"
     )
 
 
@@ -321,14 +340,18 @@ def _json_tables(path: Path, columns: list[str] | None) -> Iterator[pa.Table]:
 
 
 def _json_table(block: bytes, columns: list[str] | None) -> pa.Table:
-    def parse(texts: list[str]) -> pa.Table:
+    def parse(texts: list[pa.Field]) -> pa.Table:
         # Arrow takes texts that look like a date for one; a category must stay the text it was.
-        schema = pa.schema([(name, pa.string()) for name in texts])
-        options = pa.json.ParseOptions(explicit_schema=schema, newlines_in_values=False)
+        options = pa.json.ParseOptions(explicit_schema=pa.schema(texts), newlines_in_values=False)
         return pa.json.read_json(pa.BufferReader(block), pa.json.ReadOptions(block_size=len(block) + 1), options)
 
     table = parse([])
-    dates = [field.name for field in table.schema if pa.types.is_temporal(field.type)]
+    dates = [field.with_type(pa.string()) for field in table.schema if pa.types.is_temporal(field.type)]
+    dates += [
+        field.with_type(pa.list_(pa.string()))
+        for field in table.schema
+        if pa.types.is_list(field.type) and pa.types.is_temporal(field.type.value_type)
+    ]
     table = parse(dates) if dates else table
     if columns is None:
         return table

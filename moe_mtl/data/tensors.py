@@ -80,7 +80,13 @@ class ShuffledBatches:
             raise ValueError(f"expected at least one row, found {num_rows}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, found {batch_size}")
-        self.num_rows, self.batch_size, self.seed, self.shuffle, self.min_last = num_rows, batch_size, seed, shuffle, min_last
+        self.num_rows, self.batch_size, self.seed, self.shuffle, self.min_last = (
+            num_rows,
+            batch_size,
+            seed,
+            shuffle,
+            min_last,
+        )
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:

@@ -1,12 +1,14 @@
 """One column of a batch -> canonical text or float64, whatever the type it came in.
 
-A category is matched as text in a canonical form, so that the same table gives the same ids from CSV, Parquet or pandas:
-surrounding white space is dropped; integers are written out exactly (never through a float); a float or a text that
-holds a whole number is written as that integer (`1.0` -> `1`, what a nullable integer column turns into); booleans,
-and the texts `True`, `False`, `TRUE`, `FALSE`, become `true` and `false`; other values keep Arrow's text form.
-Null, NaN and the texts in `missing` (by default the empty one) are missing.
+A category is matched as text in a canonical form, so that the same table gives the same ids from CSV, Parquet or
+pandas: surrounding white space is dropped; integers are written out exactly (never through a float); a float or a text
+that holds a whole number is written as that integer (`1.0` -> `1`, what a nullable integer column turns into);
+booleans, and the texts `True`, `False`, `TRUE`, `FALSE`, become `true` and `false`; other values keep Arrow's text
+form.
+Null, NaN and the values whose canonical text is in `missing` (by default the empty one) are missing.
 """
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +18,11 @@ import pyarrow.compute as pc
 from .errors import DataError
 
 MAX_EXACT_FLOAT = 2.0**63
+WHITE_SPACE = " \t\n\r\f\v\u00a0"
+WHOLE = r"^(-?[0-9]+)\.0+$"
+SPELLINGS = {"-0": "0", "True": "true", "TRUE": "true", "False": "false", "FALSE": "false"}
+NUMBER = r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?"
+FEW = 32
 
 
 def plain(column: pa.Array | pa.ChunkedArray) -> pa.Array:
@@ -35,6 +42,13 @@ def is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
+def require_values(kind: pa.DataType, name: str) -> None:
+    """Raises DataError unless the type has a text form: no lists, mappings or bytes."""
+    scalar = pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or is_text(kind)
+    if not (scalar or pa.types.is_temporal(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind)):
+        raise DataError(f"expected text, numbers or booleans, found {kind}", name)
+
+
 def factorise(column: pa.Array, missing: Sequence[str], name: str) -> tuple[np.ndarray, pa.Array]:
     """Codes and their canonical texts.
 
@@ -46,7 +60,12 @@ def factorise(column: pa.Array, missing: Sequence[str], name: str) -> tuple[np.n
         DataError: the column's type has no text form (a list, a mapping, bytes).
     """
     column = plain(column)
+    if len(column) <= FEW and (quick := _factorise_few(column, missing)):
+        return quick
+    if pa.types.is_string_view(column.type):
+        column = column.cast(pa.large_string())
     if not pa.types.is_dictionary(column.type):
+        require_values(column.type, name)
         column = column.dictionary_encode()
     codes = column.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
     texts = canonical(column.dictionary, missing, name)
@@ -56,26 +75,54 @@ def factorise(column: pa.Array, missing: Sequence[str], name: str) -> tuple[np.n
     return codes, texts
 
 
+def _factorise_few(column: pa.Array, missing: Sequence[str]) -> tuple[np.ndarray, pa.Array] | None:
+    """The same for a few texts, integers or booleans, where each call into Arrow costs more than all the work."""
+    kind = column.type
+    if not (is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+        return None
+    texts: dict[str, int] = {}
+    codes = np.full(len(column), -1, np.int64)
+    for i, value in enumerate(column.to_pylist()):
+        if value is not None:
+            text = canonical_text(value if isinstance(value, str) else str(value))
+            if text not in missing:
+                codes[i] = texts.setdefault(text, len(texts))
+    return codes, pa.array(texts, pa.string())
+
+
+def canonical_text(text: str) -> str:
+    """The canonical form of one text."""
+    text = text.strip(WHITE_SPACE)
+    if ".0" in text:
+        text = re.sub(WHOLE, r"\1", text)
+    return SPELLINGS.get(text, text)
+
+
 def canonical(values: pa.Array, missing: Sequence[str], name: str) -> pa.Array:
     """The canonical text of each value, null where it is missing."""
     kind = values.type
     if pa.types.is_boolean(kind):
-        return pc.if_else(values, "true", "false")
+        return _without(pc.if_else(values, "true", "false"), missing)
     if pa.types.is_floating(kind):
-        return _float_texts(values, name)
+        return _without(_float_texts(values, name), missing)
     if pa.types.is_null(kind):
         return values.cast(pa.string())
-    if pa.types.is_integer(kind) or pa.types.is_temporal(kind) or pa.types.is_decimal(kind) or is_text(kind):
-        texts = pc.utf8_trim_whitespace(values.cast(pa.string()))
-    else:
-        raise DataError(f"expected text, numbers or booleans, found {kind}", name)
-    if not pa.types.is_integer(kind):
-        texts = pc.replace_substring_regex(texts, r"^(-?[0-9]+)\.0+$", r"\1")
-        texts = pc.replace_substring_regex(texts, r"^-0$", "0")
-        texts = pc.replace_substring_regex(texts, r"^([Tt]rue|TRUE)$", "true")
-        texts = pc.replace_substring_regex(texts, r"^([Ff]alse|FALSE)$", "false")
-        texts = pc.if_else(pc.is_in(texts, pa.array(missing, pa.string())), pa.scalar(None, pa.string()), texts)
-    return texts
+    if pa.types.is_integer(kind):
+        return _without(values.cast(pa.string()), missing)
+    require_values(kind, name)
+    texts = pc.utf8_trim(values.cast(pa.string()), characters=WHITE_SPACE)
+    texts = pc.replace_substring_regex(texts, WHOLE, r"\1")
+    for wrong, right in SPELLINGS.items():
+        found = pc.equal(texts, wrong)
+        if pc.any(found).as_py():
+            texts = pc.if_else(found, right, texts)
+    return _without(texts, missing)
+
+
+def _without(texts: pa.Array, missing: Sequence[str]) -> pa.Array:
+    """Null in place of the texts that stand for a missing value."""
+    found = pc.is_in(texts, pa.array(missing, pa.string()))
+    return pc.if_else(found, pa.scalar(None, pa.string()), texts) if pc.any(found).as_py() else texts
 
 
 def _float_texts(values: pa.Array, name: str) -> pa.Array:
@@ -99,7 +146,7 @@ def canonical_list(values: Sequence[object], where: str) -> list[str]:
     texts: list[str] = []
     for value in values:
         text = canonical(pa.array([value]), ("",), where)[0].as_py()
-        if text is None or text in texts:
+        if not text or text in texts:
             raise DataError(f"{where}: expected distinct values, none of them empty, found {list(values)!r:.200}")
         texts.append(text)
     return texts
@@ -116,7 +163,9 @@ def numbers(column: pa.Array, missing: Sequence[str], name: str, rows: Sequence[
         column = column.dictionary_decode()
     if is_text(column.type):
         column = _parse(column, missing, name, rows)
-    elif not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_decimal(column.type)):
+    elif not (
+        pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_decimal(column.type)
+    ):
         if not (pa.types.is_boolean(column.type) or pa.types.is_null(column.type)):
             raise DataError(f"expected numbers, found {column.type}", name)
         column = column.cast(pa.uint8())
@@ -124,15 +173,19 @@ def numbers(column: pa.Array, missing: Sequence[str], name: str, rows: Sequence[
         column = column.cast(pa.float32())
     # safe=False: an integer above 2^53 is rounded to the nearest double, as any number is
     values = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    if stands := [float(text) for text in missing if re.fullmatch(NUMBER, text)]:
+        values = np.where(np.isin(values, stands), np.nan, values)
     infinite = np.isinf(values)
     if infinite.any():
-        raise DataError(f"expected a finite number, found {values[infinite][0]}", name, int(rows[int(infinite.argmax())]))
+        raise DataError(
+            f"expected a finite number, found {values[infinite][0]}", name, int(rows[int(infinite.argmax())])
+        )
     return values
 
 
 def _parse(column: pa.Array, missing: Sequence[str], name: str, rows: Sequence[int]) -> pa.Array:
-    texts = pc.utf8_trim_whitespace(column.cast(pa.string()))
-    texts = pc.if_else(pc.is_in(texts, pa.array(missing, pa.string())), pa.scalar(None, pa.string()), texts)
+    texts = pc.utf8_trim(column.cast(pa.string()), characters=WHITE_SPACE)
+    texts = _without(texts, missing)
     try:
         return texts.cast(pa.float64())
     except pa.ArrowInvalid:

@@ -1,0 +1,65 @@
+"""Loading by name: the registry finds the files, and wrong names and options are errors that name the nearest."""
+
+import subprocess
+import sys
+
+import pytest
+
+import moe_mtl.data
+from moe_mtl.data import DataError, data_sets, load, options_of
+from moe_mtl.data.splits import row_hash, sha256_tenth
+
+
+def test_every_data_set_is_found_with_documented_options():
+    assert data_sets() == ["census-income", "digits", "mmoe-synthetic", "multitab-bench", "table"]
+    for name in data_sets():
+        cls = options_of(name)
+        for field in cls.__dataclass_fields__:
+            assert field in (cls.__doc__ or ""), f"{name}: {field} is not documented"
+
+
+def test_names_are_listed_without_torch_or_arrow():
+    code = "import sys, moe_mtl.data as d; d.data_sets(); sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_public_name_can_be_had():
+    for name in moe_mtl.data.__all__:
+        assert getattr(moe_mtl.data, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        moe_mtl.data.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("digit", {}, "unknown data set 'digit'; did you mean 'digits'"),
+        ("xyz", {}, "known: census-income, digits"),
+        ("digits", {"task": ["digit"]}, "unknown option 'task'; did you mean 'tasks'"),
+        ("digits", {"tasks": "digit"}, "digits': tasks: expected a list, found 'digit'"),
+        ("digits", {"tasks": ["digt"]}, "unknown task 'digt'"),
+        ("table", {}, "expected the option 'path', 'tasks', found none"),
+        ("mmoe-synthetic", {"seed": "1"}, "seed: expected a number, found '1'"),
+        ("mmoe-synthetic", {"seed": 1.5}, "seed: expected an integer, found 1.5"),
+    ],
+)
+def test_wrong_names_and_options(name, options, message):
+    with pytest.raises(DataError, match=message):
+        load(name, **options)
+
+
+def test_the_tenth_of_a_row_is_a_fixed_function():
+    # sha256("0") begins with 5feceb66, sha256("1") with 6b86b273 (FIPS 180-4, checked with another tool).
+    assert sha256_tenth(2).tolist() == [0x5FECEB66 % 10, 0x6B86B273 % 10]
+
+
+def test_the_row_hash_is_even_and_depends_on_the_seed():
+    import numpy as np
+
+    rows = np.arange(100_000)
+    for seed in (0, 1):
+        shares = np.bincount((row_hash(rows, seed) % 10).astype(int)) / len(rows)
+        assert abs(shares - 0.1).max() < 0.005  # 5 standard errors
+    assert (row_hash(rows, 0) != row_hash(rows, 1)).all()
+    # Another seed must not be the same order shifted by a row.
+    assert not (row_hash(rows, 0)[1:] == row_hash(rows, 1)[:-1]).any()
