@@ -86,14 +86,14 @@ def staged_folder(target: str | Path) -> Iterator[Path]:
         OSError: the disk is full or the parent is not writable.
     """
     target = Path(target).resolve()
-    _require_replaceable(target)
+    require_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = _beside(target, "staging")
     staging.mkdir()
     try:
         yield staging
         _sync_tree(staging)
-        _require_replaceable(target)
+        require_replaceable(target)
         _swap(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -126,7 +126,9 @@ def _swap(staging: Path, target: Path) -> None:
         raise
 
 
-def _require_replaceable(target: Path) -> None:
+def require_replaceable(target: str | Path) -> None:
+    """Raises FileExistsError if `target` is a file, or a folder that holds what no save of ours has left there."""
+    target = Path(target)
     if not target.exists():
         return
     if not target.is_dir():

@@ -150,7 +150,7 @@ def write_manifest(folder: str | Path) -> None:
         if p.suffix in (".safetensors", ".json") and p.name not in (MANIFEST, "results.json")
     )
     write_atomically(
-        folder / MANIFEST, json.dumps({"sha256": {name: _sha256(folder / name) for name in names}}, indent=2) + "\n"
+        folder / MANIFEST, json.dumps({"sha256": {name: file_sha256(folder / name) for name in names}}, indent=2) + "\n"
     )
 
 
@@ -162,14 +162,14 @@ def verify_manifest(folder: str | Path) -> None:
     if not isinstance(hashes, dict):
         raise CheckpointError(f"expected an object 'sha256' in {MANIFEST} of {folder}, found {type(hashes).__name__}")
     for name, expected in hashes.items():
-        found = _sha256(safe_file(folder, name))
+        found = file_sha256(safe_file(folder, name))
         if found != expected:
             raise CheckpointError(
                 f"{name} of {folder} is damaged or was changed: {MANIFEST} has sha256 {expected}, found {found}"
             )
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -90,9 +90,13 @@ def test_a_file_in_the_way_is_refused(tmp_path):
 
 
 def test_a_folder_that_turns_foreign_meanwhile_is_not_replaced(tmp_path):
-    with pytest.raises(FileExistsError, match="mine.txt"), staged_folder(tmp_path / "m"):
-        (tmp_path / "m").mkdir()
-        (tmp_path / "m" / "mine.txt").write_text("mine")
+    def meanwhile() -> None:
+        with staged_folder(tmp_path / "m"):
+            (tmp_path / "m").mkdir()
+            (tmp_path / "m" / "mine.txt").write_text("mine")
+
+    with pytest.raises(FileExistsError, match=r"mine.txt"):
+        meanwhile()
     assert content(tmp_path) == {"m/mine.txt": b"mine"}
 
 
@@ -100,9 +104,14 @@ def test_a_folder_that_turns_foreign_meanwhile_is_not_replaced(tmp_path):
 def test_a_failure_inside_the_block_leaves_the_old_model(tmp_path, error):
     save(tmp_path / "m", {"config.json": CONFIG, "model.safetensors": "old"})
     before = content(tmp_path)
-    with pytest.raises(type(error)), staged_folder(tmp_path / "m") as folder:
-        (folder / "model.safetensors").write_text("half of the n")
-        raise error
+
+    def interrupted() -> None:
+        with staged_folder(tmp_path / "m") as folder:
+            (folder / "model.safetensors").write_text("half of the n")
+            raise error
+
+    with pytest.raises(type(error)):
+        interrupted()
     assert content(tmp_path) == before
 
 

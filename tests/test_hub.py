@@ -1,3 +1,4 @@
+import contextlib
 import json
 import pickle
 import struct
@@ -130,7 +131,8 @@ def test_other_dtypes_and_empty_tensors(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     checkpoint = Checkpoint(tmp_path)
     for name, tensor in checkpoint.read_all().items():
-        assert tensor.dtype == tensors[name].dtype and torch.equal(tensor, tensors[name])
+        assert tensor.dtype == tensors[name].dtype
+        assert torch.equal(tensor, tensors[name])
     assert checkpoint.bytes_read == 4 + 8 + 0 + 1
 
 
@@ -139,7 +141,7 @@ def test_rows_and_names_out_of_range(model):
     for rows in ([4], [-1]):
         with pytest.raises(IndexError, match=r"shape \[4, 3\]"):
             checkpoint.read("trunk.weight", rows)
-    with pytest.raises(KeyError, match="trunk.weight"):
+    with pytest.raises(KeyError, match=r"trunk.weight"):
         checkpoint.read("trunk.weigth")
 
 
@@ -203,7 +205,7 @@ def test_shard_names_that_leave_the_folder_are_refused(sharded, tmp_path, how):
         "backslash": "..\\evil.safetensors",
     }[how]
     write_index(sharded, {"trunk.weight": shard, "towers.ctr.bias": "model-2.safetensors"})
-    with pytest.raises(UnsafeFileError, match="trunk.weight"):
+    with pytest.raises(UnsafeFileError, match=r"trunk.weight"):
         Checkpoint(sharded)
 
 
@@ -211,9 +213,9 @@ def test_shard_names_that_leave_the_folder_are_refused(sharded, tmp_path, how):
 def test_links_out_of_the_folder_are_refused(model, tmp_path, name):
     (model / name).rename(tmp_path / name)
     (model / name).symlink_to(tmp_path / name)
+    read = {"config.json": hub.read_config, "model.safetensors": Checkpoint}[name]
     with pytest.raises(UnsafeFileError, match="found a link to"):
-        hub.read_config(model)
-        Checkpoint(model)
+        read(model)
 
 
 def test_a_snapshot_of_the_hub_cache_loads(model, tmp_path):
@@ -241,14 +243,14 @@ def test_indices_that_contradict_the_shards(sharded):
         with pytest.raises(CheckpointError, match=message):
             Checkpoint(sharded)
     write_index(sharded, good | {"trunk.weight": "model-3.safetensors"})
-    with pytest.raises(ModelNotFoundError, match="model-3.safetensors"):
+    with pytest.raises(ModelNotFoundError, match=r"model-3.safetensors"):
         Checkpoint(sharded)
     save_file(TENSORS, sharded / "model-2.safetensors")
     write_index(sharded, good)
-    with pytest.raises(CheckpointError, match="trunk.weight is in two files"):
+    with pytest.raises(CheckpointError, match=r"trunk.weight is in two files"):
         Checkpoint(sharded)
     save_file({"towers.ctr.bias": torch.ones(2), "extra": torch.ones(1)}, sharded / "model-2.safetensors")
-    with pytest.raises(CheckpointError, match="1 tensors in the shards .* extra"):
+    with pytest.raises(CheckpointError, match=r"1 tensors in the shards .* extra"):
         Checkpoint(sharded)
 
 
@@ -268,7 +270,7 @@ def test_every_truncation_is_refused(model):
     whole = (model / "model.safetensors").read_bytes()
     for size in range(len(whole)):
         (model / "model.safetensors").write_bytes(whole[:size])
-        with pytest.raises(CheckpointError, match="model.safetensors .* truncated"):
+        with pytest.raises(CheckpointError, match=r"model.safetensors .* truncated"):
             Checkpoint(model)
 
 
@@ -307,7 +309,7 @@ HUGE = 2**62
 )
 def test_headers_that_lie_are_refused(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match="model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors"):
         Checkpoint(tmp_path)
 
 
@@ -331,7 +333,7 @@ def test_a_giant_tensor_is_refused_by_its_shape_before_it_is_allocated(tmp_path)
 
 def test_unusual_dtypes_are_refused(tmp_path):
     save_file({"x": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="dtypes .* F8_E4M3"):
+    with pytest.raises(CheckpointError, match=r"dtypes .* F8_E4M3"):
         Checkpoint(tmp_path)
 
 
@@ -351,7 +353,7 @@ def test_configs_that_are_refused(model, config, error, message):
 
 
 def test_no_config(tmp_path):
-    with pytest.raises(ModelNotFoundError, match="config.json"):
+    with pytest.raises(ModelNotFoundError, match=r"config.json"):
         hub.read_config(tmp_path)
 
 
@@ -386,10 +388,8 @@ JSON = st.recursive(
 
 
 def only_documented_errors(call) -> None:
-    try:
+    with contextlib.suppress(*DOCUMENTED):
         call()
-    except DOCUMENTED as error:
-        assert str(error)
 
 
 @settings(max_examples=150, deadline=None)
