@@ -1,8 +1,10 @@
 """Balancing tasks: how several losses become one update. The methods are TorchJD's; this file connects them.
 
-Loss balancing turns the losses into one scalar, then differentiates once. Gradient balancing differentiates each loss with respect to the
+Loss balancing turns the losses into one scalar, then differentiates once. Gradient balancing differentiates each loss
+with respect to the
 shared parameters and combines the rows of that Jacobian; parameters of one task get that task's plain gradient.
-Both see weighted losses (`Task.weight`). A task of weight 0 takes no part; a task without a counted row in the batch contributes zero.
+Both see weighted losses (`Task.weight`). A task of weight 0 takes no part; a task without a counted row in the batch
+contributes zero.
 """
 
 import inspect
@@ -15,13 +17,15 @@ import torchjd.scalarization
 from torch import Tensor, nn
 from torchjd.autojac import backward, jac_to_grad
 
-from .recipe import RecipeError, _nearest
+from ..naming import nearest
+from .recipe import RecipeError
 
 # Why a method of TorchJD cannot be had.
 _REFUSED = {
-    "FAMO": "it needs the losses of every batch a second time, after the optimiser's step; its nearest relatives here are DWA and UW",
+    "FAMO": "it needs the losses of every batch a second time, after the optimiser's step; DWA and UW come nearest",
 }
-# A zero row changes what these return (or only scales it): they get the tasks of the batch alone. The others keep a row of zeros per absent task.
+# A zero row changes what these return (or only scales it): they get the tasks of the batch alone. The others keep a
+# row of zeros per absent task.
 _ONLY_PRESENT = {"AlignedMTL", "CAGrad", "ConFIG", "DualProj", "FairGrad", "IMTLG", "MGDA", "PCGrad", "UPGrad"}
 
 
@@ -42,7 +46,11 @@ def scalarizers() -> dict[str, type]:
 def aggregators() -> dict[str, type]:
     """TorchJD's aggregators that can be used, by class name."""
     bases = ("WeightedAggregator", "GramianWeightedAggregator")
-    return {name: cls for name, cls in _methods(torchjd.aggregation, torchjd.aggregation.Aggregator).items() if name not in bases}
+    return {
+        name: cls
+        for name, cls in _methods(torchjd.aggregation, torchjd.aggregation.Aggregator).items()
+        if name not in bases
+    }
 
 
 def build_method(kind: str, name: str, options: Mapping[str, Any], num_tasks: int) -> nn.Module:
@@ -51,30 +59,40 @@ def build_method(kind: str, name: str, options: Mapping[str, Any], num_tasks: in
     Lists become tensors; the number of tasks is filled in where the method asks for it.
 
     Raises:
-        RecipeError: an unknown method or option, an option missing or refused by the method, a solver that is not installed.
+        RecipeError: an unknown method or option, an option missing or refused by the method, a solver that is not
+        installed.
     """
     where = f"train.{kind}"
     known = scalarizers() if kind == "loss_balancing" else aggregators()
     if name in _REFUSED:
         raise RecipeError(f"{where}: {name} is not supported: {_REFUSED[name]}")
     if name not in known:
-        raise RecipeError(f"{where}: unknown method {name!r}{_nearest(name, known)}")
+        raise RecipeError(f"{where}: unknown method {name!r}{nearest(name, known)}")
     parameters = inspect.signature(known[name]).parameters
     arguments = dict(options)
     for option in arguments:
         if option not in parameters:
-            raise RecipeError(f"{where}: {name} has no option {option!r}{_nearest(option, parameters) if parameters else ''}")
+            raise RecipeError(
+                f"{where}: {name} has no option {option!r}{nearest(option, parameters) if parameters else ''}"
+            )
     for size in ("shape", "n_tasks"):
         if size in parameters:
             arguments.setdefault(size, num_tasks)
     for option, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and option not in arguments:
-            raise RecipeError(f"{where}: {name} needs the option {option!r}; write it as a mapping {{name: {name}, {option}: ...}}")
-    arguments = {key: torch.tensor(value, dtype=torch.float32) if isinstance(value, list) else value for key, value in arguments.items()}
+            raise RecipeError(
+                f"{where}: {name} needs the option {option!r}; write it as a mapping {{name: {name}, {option}: ...}}"
+            )
+    arguments = {
+        key: torch.tensor(value, dtype=torch.float32) if isinstance(value, list) else value
+        for key, value in arguments.items()
+    }
     try:
         return known[name](**arguments)
     except ImportError as error:
-        raise RecipeError(f'{where}: {name} needs a solver that is not installed: pip install "moe-mtl[balancing]" ({error})') from None
+        raise RecipeError(
+            f'{where}: {name} needs a solver that is not installed: pip install "moe-mtl[balancing]" ({error})'
+        ) from None
     except (TypeError, ValueError) as error:
         raise RecipeError(f"{where}: {name} refuses its options: {error}") from None
 
@@ -125,7 +143,11 @@ class GradientBalancer(nn.Module):
     """
 
     def __init__(
-        self, name: str, options: Mapping[str, Any], tasks: Sequence[str], parameters: Mapping[str, Sequence[nn.Parameter]]
+        self,
+        name: str,
+        options: Mapping[str, Any],
+        tasks: Sequence[str],
+        parameters: Mapping[str, Sequence[nn.Parameter]],
     ):
         super().__init__()
         self.name, self.tasks = name, list(tasks)
@@ -134,10 +156,14 @@ class GradientBalancer(nn.Module):
         # Tuples inside a dict: these parameters belong to the model and must not be registered here.
         self._parameters_of = {
             "shared": tuple(p for p in parameters["shared"] if p.requires_grad),
-            "specific": tuple(p for key, group in parameters.items() if key != "shared" for p in group if p.requires_grad),
+            "specific": tuple(
+                p for key, group in parameters.items() if key != "shared" for p in group if p.requires_grad
+            ),
         }
         if not self._parameters_of["shared"]:
-            raise RecipeError(f"train.gradient_balancing: {name} balances parameters that tasks share; none of them is trained")
+            raise RecipeError(
+                f"train.gradient_balancing: {name} balances parameters that tasks share; none of them is trained"
+            )
 
     def backward(self, losses: Mapping[str, Tensor], present: Iterable[str], auxiliary: Tensor | None) -> None:
         """Adds to `.grad`. A parameter that no loss of the batch reaches keeps what it had, None included.
@@ -157,7 +183,8 @@ class GradientBalancer(nn.Module):
         if extra:
             torch.autograd.backward(extra, inputs=shared, retain_graph=True)
         rows = [losses[task] for task in tasks]
-        # TorchJD would give unreached parameters a gradient of zeros, which weight decay and momentum turn into a movement.
+        # TorchJD would give unreached parameters a gradient of zeros, which weight decay and momentum turn into a
+        # movement.
         reached = _leaves(rows)
         shared = [parameter for parameter in shared if parameter in reached]
         if rows and shared:
@@ -186,7 +213,7 @@ _PLAIN = (bool, int, float, str, type(None), Tensor, torch.dtype, torch.device)
 
 
 def balancer_state(balancer: LossBalancer | GradientBalancer) -> dict[str, dict[str, Any]] | None:
-    """What the method remembers between steps, by module; None where it holds something that a checkpoint cannot (NashMTL)."""
+    """What the method remembers between steps, by module; None where a checkpoint cannot hold it (NashMTL)."""
     out = {}
     for name, module in _stateful(balancer):
         attributes = {key: value for key, value in vars(module).items() if key not in _INHERITED}

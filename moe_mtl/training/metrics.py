@@ -34,7 +34,7 @@ def compute_metrics(
     labels: Mapping[str, Tensor],
     weights: Mapping[str, Tensor] | None = None,
     groups: np.ndarray | None = None,
-    decode: Callable[[dict[str, Tensor]], dict[str, np.ndarray]] | None = None,
+    unscale: Callable[[str, Tensor], Tensor] | None = None,
 ) -> Metrics:
     """What each task reports, over the rows that count for it.
 
@@ -44,12 +44,57 @@ def compute_metrics(
         labels: task -> `[B]` or `[B, C]`; NaN or -100 is missing.
         weights: task -> weight of each row `[B]`.
         groups: group of each row `[B]`, for `group_auc`.
-        decode: the processor's `decode`: brings a regression's value and label into original units.
+        unscale: the processor's `unscale`: brings a regression's value and label into original units.
 
     Returns:
         task -> metric -> value; NaN, with a warning, where a metric is not defined on these rows (AUC of one class).
     """
+    rows = counted(tasks, logits, labels, weights, groups, unscale)
+    return {
+        task.name: {metric: measure(metric, task.kind, rows[task.name]) for metric in task.reported_metrics}
+        for task in tasks
+        if task.name in rows
+    }
+
+
+def standard_errors(
+    tasks: Sequence[Task],
+    logits: Mapping[str, Tensor],
+    labels: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor] | None = None,
+    groups: np.ndarray | None = None,
+    unscale: Callable[[str, Tensor], Tensor] | None = None,
+    resamples: int = 200,
+    seed: int = 0,
+) -> Metrics:
+    """Bootstrap standard error of what `compute_metrics` gives: rows drawn with replacement, anew for each task."""
     out: Metrics = {}
+    by_name = {task.name: task for task in tasks}
+    for name, rows in counted(tasks, logits, labels, weights, groups, unscale).items():
+        generator, task = np.random.default_rng(seed), by_name[name]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a resample may hold one class only
+            drawn = [
+                rows.take(generator.integers(0, len(rows), len(rows))) for _ in range(resamples if len(rows) else 0)
+            ]
+            values = {metric: [measure(metric, task.kind, part) for part in drawn] for metric in task.reported_metrics}
+        out[name] = {
+            metric: float(np.nanstd(v, ddof=1)) if np.isfinite(v).sum() > 1 else float("nan")
+            for metric, v in values.items()
+        }
+    return out
+
+
+def counted(
+    tasks: Sequence[Task],
+    logits: Mapping[str, Tensor],
+    labels: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor] | None = None,
+    groups: np.ndarray | None = None,
+    unscale: Callable[[str, Tensor], Tensor] | None = None,
+) -> dict[str, "Rows"]:
+    """Scores and labels of the rows that count, by task; see `compute_metrics`."""
+    out = {}
     for task in tasks:
         if task.name not in logits or task.name not in labels:
             continue
@@ -57,15 +102,14 @@ def compute_metrics(
         label = labels[task.name]
         if task.kind == "regression":
             score, label = logits[task.name], label.reshape(logits[task.name].shape)
-            if decode is not None:
-                score, label = (_decoded(decode, task, values) for values in (score, label))
-            score, label = (np.asarray(values, dtype=np.float64).reshape(len(rows_B), -1) for values in (score, label))
+            if unscale is not None:
+                score, label = unscale(task.name, score), unscale(task.name, label)
+            score, label = score.double().numpy(), label.double().numpy()
         else:
             score, label = task.predict(logits[task.name]).double().numpy(), label.numpy()
         weight = None if weights is None or task.name not in weights else weights[task.name].double().numpy()[rows_B]
         group = None if groups is None else groups[rows_B]
-        measured = Rows(task.name, score[rows_B], label[rows_B], weight, group)
-        out[task.name] = {metric: measure(metric, task.kind, measured) for metric in task.reported_metrics}
+        out[task.name] = Rows(task.name, score[rows_B], label[rows_B], weight, group)
     return out
 
 
@@ -79,14 +123,19 @@ def is_maximised(key: str) -> bool:
     """Whether more is better, for `income/auc`, `mean_auc`, `loss`. Raises ValueError for no metric."""
     name = key.rsplit("/", 1)[-1].removeprefix("mean_")
     if name not in MAXIMISED + MINIMISED:
-        raise ValueError(f"unknown metric {key!r}: expected loss, mean_<metric> or <task>/<metric>, metric one of {', '.join(MAXIMISED + MINIMISED)}")
+        raise ValueError(
+            f"unknown metric {key!r}: expected loss, mean_<metric> or <task>/<metric>, metric one of "
+            f"{', '.join(MAXIMISED + MINIMISED)}"
+        )
     return name in MAXIMISED
 
 
 class Rows:
     """The rows of one task that count: `score` and `label` `[B]` or `[B, C]`, `weight` and `group` `[B]` or None."""
 
-    def __init__(self, task: str, score: np.ndarray, label: np.ndarray, weight: np.ndarray | None, group: np.ndarray | None):
+    def __init__(
+        self, task: str, score: np.ndarray, label: np.ndarray, weight: np.ndarray | None, group: np.ndarray | None
+    ):
         self.task, self.score, self.label, self.weight, self.group = task, score, label, weight, group
 
     def __len__(self) -> int:
@@ -108,7 +157,10 @@ def measure(metric: str, kind: str, rows: Rows) -> float:
         return float("nan")
     value = _MEASURES[metric](kind, rows)
     if np.isnan(value):
-        warnings.warn(f"{metric} of task {rows.task!r} is not defined: its counted rows have labels of one class only", stacklevel=2)
+        warnings.warn(
+            f"{metric} of task {rows.task!r} is not defined: its counted rows have labels of one class only",
+            stacklevel=2,
+        )
     return float(value)
 
 
@@ -131,7 +183,7 @@ def _binary_auc(label: np.ndarray, score: np.ndarray, weight: np.ndarray | None)
 
 
 def _group_auc(kind: str, rows: Rows) -> float:
-    """AUC within each group, averaged by the groups' rows (by their weight, where rows have one); groups of one class are left out."""
+    """AUC within each group, averaged by the groups' rows, or weight; groups of one class are left out."""
     if rows.group is None:
         raise ValueError(f"task {rows.task!r} reports group_auc: the column of the groups must be named (eval.group)")
     order = np.argsort(rows.group, kind="stable")
@@ -197,8 +249,3 @@ _MEASURES: dict[str, Callable[[str, Rows], float]] = {
     "rmse": _rmse,
     "mae": _mae,
 }
-
-
-def _decoded(decode: Callable[[dict[str, Tensor]], dict[str, np.ndarray]], task: Task, values_BC: Tensor) -> np.ndarray:
-    columns = decode({task.name: values_BC})
-    return np.stack([np.asarray(column) for column in columns.values()], axis=-1)

@@ -1,0 +1,1 @@
+"""Training: recipes, the one trainer, balancing, metrics, checkpoints. Importing this package imports nothing heavy."""

@@ -1,0 +1,341 @@
+"""A recipe from beginning to end: load, fit, train, measure, save. Nothing that is not whole appears."""
+
+import json
+import math
+import platform
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments, set_seed
+
+from .. import data
+from ..data.processor import TabularProcessor
+from ..data.splits import DataSplits
+from ..data.tensors import TensorTable
+from ..files import require_replaceable, staged_folder, write_atomically
+from ..hub import resolve, write_manifest
+from ..models import AutoModelForMultiTask, MultiTaskModel
+from .balancing import build_method
+from .building import build
+from .callbacks import ExpertHealth, Progress
+from .checkpoints import checkpoints_in, keep_last_checkpoints, save_model
+from .evaluation import Evaluation, evaluate_table
+from .metrics import Metrics, standard_errors
+from .recipe import Recipe, RecipeError, TrainSection, load_recipe, recipe_sha256
+from .trainer import MultiTaskTrainer
+
+RECIPE = "recipe.resolved.yaml"
+METRICS = "metrics.json"
+# Nothing chosen: ten passes.
+DEFAULT_EPOCHS = 10
+SECONDS_BETWEEN_SAVES = 30.0
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine", "one_cycle": "constant"}
+LIBRARIES = ("torch", "transformers", "moe-mtl")
+
+
+@dataclass
+class RunResult:
+    """What a run gave.
+
+    Attributes:
+        metrics: split -> task -> metric -> value.
+        output_dir: the saved model, with processor, recipe and metrics.
+        record: what `metrics.json` holds: metrics, losses, hashes, seed, steps, seconds, versions.
+        model, processor: as saved.
+    """
+
+    metrics: dict[str, Metrics]
+    output_dir: Path
+    record: dict[str, Any]
+    model: MultiTaskModel = field(repr=False)
+    processor: TabularProcessor = field(repr=False)
+
+
+def run(
+    recipe: Recipe, output_dir: str | Path, seed: int | None = None, progress: bool = True, resume: bool = False
+) -> RunResult:
+    """Trains a recipe and saves model, processor, recipe and metrics in `output_dir`.
+
+    Args:
+        recipe: from `load_recipe`.
+        output_dir: a new or empty folder, or one that holds a saved model, which is replaced at the end.
+        seed: instead of the recipe's.
+        progress: show a bar, if the error stream is a terminal.
+        resume: go on from the last complete checkpoint of an interrupted run of the same recipe in `output_dir`.
+
+    Raises:
+        RecipeError, DataError: before training, for what cannot be.
+        FileExistsError: the folder holds something else, or an unfinished run that `resume` was not asked for.
+        TrainingDivergedError: a loss is not finite.
+        OSError: the disk is full; what stood in the folder is as it was.
+    """
+    if seed is not None:
+        recipe.train.seed = seed
+    recipe.validate()
+    _check_methods(recipe)
+    output_dir = Path(output_dir)
+    _check_folder(output_dir, recipe, resume)
+    start = time.perf_counter()
+    splits = load_data(recipe)
+    set_seed(recipe.train.seed)
+    model, processor = build(recipe, splits)
+    tables = {
+        name: TensorTable(processor(part))
+        for name, part in splits.parts().items()
+        if name in {"train", "validation", *recipe.eval.splits}
+    }
+    _check_labels(tables["train"], model)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        write_atomically(output_dir / RECIPE, recipe.to_yaml())
+    trainer = make_trainer(recipe, model, processor, tables["train"], tables["validation"], output_dir, progress)
+    prepared = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume or None)
+    trained = time.perf_counter()
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    _check_finite(model)
+    results = {
+        name: evaluate_table(
+            model, tables[name], recipe.train.eval_batch_size, model.config.parsed_tasks, processor.unscale
+        )
+        for name in recipe.eval.splits
+    }
+    errors = _errors(recipe, model, processor, tables, results)
+    steps = trainer.state.global_step
+    record = {
+        "metrics": {name: result.metrics for name, result in results.items()},
+        "loss": {name: result.loss for name, result in results.items()},
+        **({"standard_error": errors} if errors else {}),
+        "model_type": model.config.model_type,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "seed": recipe.train.seed,
+        "recipe_sha256": recipe_sha256(recipe),
+        "data": splits.info,
+        "eval_batch_size": recipe.train.eval_batch_size,
+        "steps": steps,
+        "best_step": trainer.state.best_global_step if trainer.best is not None else None,
+        "seconds": {
+            "prepare": prepared - start,
+            "train": trained - prepared,
+            "evaluate": time.perf_counter() - trained,
+        },
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+    }
+    record = _plain(record)
+    _save(output_dir, model, processor, recipe, record)
+    return RunResult(record["metrics"], output_dir, record, model, processor)
+
+
+def evaluate(
+    folder: str | Path, split: str = "test", recipe: Recipe | None = None, overrides: Iterable[tuple[str, str]] = ()
+) -> Evaluation:
+    """Measures a saved model again; on the same rows the numbers are those of its `metrics.json`.
+
+    Args:
+        folder: a folder, zoo name or Hub id.
+        split: validation, test or train.
+        recipe: where the rows come from; by default the recipe saved beside the model.
+        overrides: of that recipe, for example `("data.path", "...")`.
+
+    Raises:
+        RecipeError: an unknown split.
+    """
+    if split not in ("train", "validation", "test"):
+        raise RecipeError(f"split: expected train, validation or test, found {split!r}")
+    folder = resolve(folder)
+    if recipe is None:
+        recipe = load_recipe(folder / RECIPE, overrides)
+    model = AutoModelForMultiTask.from_pretrained(folder).eval()
+    processor = TabularProcessor.from_pretrained(folder)
+    table = TensorTable(processor(load_data(recipe).parts()[split]))
+    return evaluate_table(model, table, recipe.train.eval_batch_size, model.config.parsed_tasks, processor.unscale)
+
+
+def load_data(recipe: Recipe) -> DataSplits:
+    """The rows of a recipe. Raises DataError for an unknown data set or option."""
+    options = dict(recipe.data.options)
+    if recipe.data.path is not None:
+        options["path"] = recipe.data.path
+    return data.load(recipe.data.name, **options)
+
+
+def make_trainer(
+    recipe: Recipe,
+    model: MultiTaskModel,
+    processor: TabularProcessor,
+    train: TensorTable,
+    validation: TensorTable,
+    output_dir: Path,
+    progress: bool = False,
+) -> MultiTaskTrainer:
+    """The trainer of a recipe's `train` section."""
+    section = recipe.train
+    callbacks: list[Any] = [_reporter(section.report_to, output_dir)] if section.report_to != "none" else []
+    if progress:
+        callbacks.append(Progress())
+    trainer = MultiTaskTrainer(
+        model,
+        training_arguments(section, output_dir),
+        train,
+        validation,
+        processor,
+        callbacks,
+        loss_balancing=recipe.loss_method,
+        gradient_balancing=recipe.gradient_method,
+        task_sampling=section.task_sampling,
+        early_stopping=section.early_stopping,
+        one_cycle=section.schedule == "one_cycle",
+        adam=section.optimizer == "adam",
+        seconds_between_saves=SECONDS_BETWEEN_SAVES,
+    )
+
+    def report(numbers: dict[str, float]) -> None:
+        trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, numbers)
+
+    trainer.add_callback(ExpertHealth(validation, report if section.report_to != "none" else None))
+    return trainer
+
+
+def training_arguments(section: TrainSection, output_dir: str | Path) -> TrainingArguments:
+    """What `transformers.Trainer` is told."""
+    evaluation = (
+        {"eval_strategy": "epoch"}
+        if section.eval_steps is None
+        else {"eval_strategy": "steps", "eval_steps": section.eval_steps}
+    )
+    saving: dict[str, Any] = {"save_strategy": "epoch"}
+    if section.save_steps is not None:
+        saving = (
+            {"save_strategy": "steps", "save_steps": section.save_steps}
+            if section.save_steps
+            else {"save_strategy": "no"}
+        )
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        num_train_epochs=section.epochs or DEFAULT_EPOCHS,
+        max_steps=section.max_steps or -1,
+        per_device_train_batch_size=section.batch_size,
+        per_device_eval_batch_size=section.eval_batch_size,
+        gradient_accumulation_steps=section.gradient_accumulation,
+        learning_rate=section.learning_rate,
+        weight_decay=section.weight_decay,
+        adam_beta1=section.betas[0],
+        adam_beta2=section.betas[1],
+        max_grad_norm=section.max_grad_norm,
+        lr_scheduler_type=SCHEDULES[section.schedule],
+        warmup_steps=section.warmup or 0,
+        bf16=section.precision == "bf16",
+        seed=section.seed,
+        data_seed=section.seed,
+        logging_steps=section.logging_steps,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        save_total_limit=2,
+        **evaluation,
+        **saving,
+    )
+
+
+def _reporter(name: str, output_dir: Path) -> Any:
+    from transformers import integrations
+
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            return integrations.TensorBoardCallback(SummaryWriter(str(output_dir / "runs")))
+        return {"trackio": integrations.TrackioCallback, "wandb": integrations.WandbCallback}[name]()
+    except (ImportError, RuntimeError) as error:
+        raise RecipeError(f"train.report_to: {name} is not installed: pip install {name} ({error})") from None
+
+
+def _check_methods(recipe: Recipe) -> None:
+    """Unknown methods and missing solvers, before any data is read."""
+    for kind, method in (("loss_balancing", recipe.loss_method), ("gradient_balancing", recipe.gradient_method)):
+        if method is not None:
+            build_method(kind, *method, num_tasks=2)
+
+
+def _check_folder(output_dir: Path, recipe: Recipe, resume: bool) -> None:
+    require_replaceable(output_dir)
+    if not resume:
+        if checkpoints_in(output_dir):
+            raise FileExistsError(
+                f"{output_dir} holds the checkpoints of an unfinished run: resume it, or choose another folder"
+            )
+        return
+    if not (output_dir / RECIPE).is_file():
+        raise RecipeError(f"{output_dir} holds no unfinished run to resume")
+    earlier = load_recipe(output_dir / RECIPE)
+    if recipe_sha256(earlier) != recipe_sha256(recipe) or earlier.train.seed != recipe.train.seed:
+        raise RecipeError(
+            f"{output_dir} holds an unfinished run of another recipe or seed: it cannot be resumed with this one"
+        )
+
+
+def _check_labels(table: TensorTable, model: MultiTaskModel) -> None:
+    for task in model.config.parsed_tasks:
+        if not bool(task.labelled(table.tensors["labels"][task.name]).any()):
+            raise RecipeError(f"no training row has a label of task {task.name!r}")
+
+
+def _check_finite(model: MultiTaskModel) -> None:
+    bad = [
+        name
+        for name, value in model.state_dict().items()
+        if value.is_floating_point() and not bool(value.isfinite().all())
+    ]
+    if bad:
+        raise RuntimeError(
+            f"training left values that are not finite in {', '.join(bad[:3])}: lower the learning rate or set "
+            "max_grad_norm"
+        )
+
+
+def _errors(
+    recipe: Recipe,
+    model: MultiTaskModel,
+    processor: TabularProcessor,
+    tables: dict[str, TensorTable],
+    results: dict[str, Evaluation],
+) -> dict[str, Metrics]:
+    if not recipe.eval.bootstrap:
+        return {}
+    return {
+        name: standard_errors(
+            model.config.parsed_tasks,
+            result.logits,
+            tables[name].tensors["labels"],
+            tables[name].tensors.get("sample_weights"),
+            tables[name].tensors["groups"].numpy() if "groups" in tables[name].tensors else None,
+            processor.unscale,
+            resamples=recipe.eval.bootstrap,
+        )
+        for name, result in results.items()
+    }
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: a metric that is not defined is null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _save(
+    output_dir: Path, model: MultiTaskModel, processor: TabularProcessor, recipe: Recipe, record: dict[str, Any]
+) -> None:
+    with staged_folder(output_dir) as staging:
+        save_model(model, staging)
+        processor.save_pretrained(staging)
+        write_atomically(staging / RECIPE, recipe.to_yaml())
+        write_atomically(staging / METRICS, json.dumps(record, indent=1, allow_nan=False) + "\n")
+        write_manifest(staging)
+    keep_last_checkpoints(output_dir, 0)

@@ -1,0 +1,117 @@
+"""Batches for training. Their order depends on the seed and the epoch alone: a resumed run sees the same rows."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..data.tensors import ShuffledBatches, TensorTable, as_is
+from ..tasks import Task
+from .metrics import counted_rows
+
+
+class TaskBatches:
+    """Batches whose rows all carry the label of one task; yields `(task, index tensor)`.
+
+    An epoch has as many batches of each task, on average, as the temperature asks for, and as many in all as the
+    labelled rows fill.
+    Each task walks through a permutation of its own rows, and begins a new one when it is used up.
+
+    Args:
+        tasks: the tasks to draw; one without a labelled row is an error.
+        labels: task -> labels `[N]` or `[N, C]`.
+        batch_size: rows per batch.
+        temperature: tasks are drawn with probability proportional to rows^(1/temperature).
+        seed: of the order.
+
+    Raises:
+        ValueError: a task that no row is labelled for.
+    """
+
+    def __init__(
+        self, tasks: Sequence[Task], labels: Mapping[str, Tensor], batch_size: int, temperature: float, seed: int
+    ):
+        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+        self.rows = {task.name: counted_rows(task, labels).nonzero().squeeze(1) for task in tasks if task.weight > 0}
+        empty = [name for name, rows in self.rows.items() if len(rows) == 0]
+        if empty:
+            raise ValueError(f"no training row is labelled for {', '.join(empty)}")
+        sizes = torch.tensor([len(rows) for rows in self.rows.values()], dtype=torch.float64)
+        self.probabilities = sizes.pow(1 / temperature) / sizes.pow(1 / temperature).sum()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the next pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(-(-len(rows) // self.batch_size) for rows in self.rows.values())
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + self.epoch) % 2**63)
+        names = list(self.rows)
+        drawn = torch.multinomial(self.probabilities, len(self), replacement=True, generator=generator)
+        left = {name: torch.empty(0, dtype=torch.int64) for name in names}
+        for choice in drawn.tolist():
+            name = names[choice]
+            if len(left[name]) < 2:  # a batch norm cannot be trained on one row
+                rows = self.rows[name]
+                left[name] = rows[torch.randperm(len(rows), generator=generator)]
+            yield name, left[name][: self.batch_size]
+            left[name] = left[name][self.batch_size :]
+
+
+class TaskRows(Dataset):
+    """A `TensorTable` read through `TaskBatches`: a batch holds one task's labels and asks for that task only."""
+
+    def __init__(self, table: TensorTable, tasks: Sequence[Task]):
+        self.table = table
+        # The labels of a task's space decide which of its rows count.
+        self.needed = {task.name: {task.name, task.space} for task in tasks}
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitems__(self, chosen: tuple[str, Tensor]) -> dict[str, Any]:
+        task, index = chosen
+        batch = self.table[index]
+        for targets in ("labels", "sample_weights"):
+            if targets in batch:
+                batch[targets] = {name: values for name, values in batch[targets].items() if name in self.needed[task]}
+        return {**batch, "tasks": [task]}
+
+
+class BatchLoader(DataLoader):
+    """A DataLoader over whole batches. Of n processes each takes every n-th; a last round that is not full is left out."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batches: ShuffledBatches | TaskBatches,
+        pin_memory: bool,
+        process: int = 0,
+        processes: int = 1,
+    ):
+        sampler = batches if processes == 1 else _Share(batches, process, processes)
+        super().__init__(dataset, batch_sampler=sampler, collate_fn=as_is, pin_memory=pin_memory)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The trainer calls it before each pass."""
+        self.batch_sampler.set_epoch(epoch)
+
+
+class _Share:
+    def __init__(self, batches: ShuffledBatches | TaskBatches, process: int, processes: int):
+        self.batches, self.process, self.processes = batches, process, processes
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batches.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.batches) // self.processes
+
+    def __iter__(self) -> Iterator[Any]:
+        for i, batch in enumerate(self.batches):
+            if i < len(self) * self.processes and i % self.processes == self.process:
+                yield batch

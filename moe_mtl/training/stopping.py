@@ -1,0 +1,75 @@
+"""Early stopping: keeps the best evaluation's weights and puts them back, whether or not patience ran out."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from ..naming import nearest
+from ..tasks import Task
+from .metrics import is_maximised
+from .recipe import EarlyStopping, RecipeError
+
+
+class BestWeights(TrainerCallback):
+    """Watches one metric of each evaluation.
+
+    What was best is read from the trainer's own log, so that a resumed run goes on counting where the interrupted one
+    stopped.
+
+    Args:
+        rule: metric and patience.
+        tasks: the model's tasks, to check the metric's name.
+
+    Attributes:
+        weights: the best weights so far, on the CPU; None before the first evaluation, or if the metric was never
+            defined.
+
+    Raises:
+        RecipeError: a metric that no evaluation will have.
+    """
+
+    def __init__(self, rule: EarlyStopping, tasks: Sequence[Task]):
+        known = {"loss", *(f"{task.name}/loss" for task in tasks)}
+        known |= {f"{task.name}/{metric}" for task in tasks for metric in task.reported_metrics}
+        known |= {f"mean_{metric}" for task in tasks for metric in task.reported_metrics}
+        if rule.metric not in known:
+            raise RecipeError(
+                f"train.early_stopping.metric: unknown metric {rule.metric!r}{nearest(rule.metric, sorted(known))}"
+            )
+        self.key, self.patience = f"eval_{rule.metric}", rule.patience
+        self.sign = 1.0 if is_maximised(rule.metric) else -1.0
+        self.weights: dict[str, Tensor] | None = None
+
+    def history(self, state: Any) -> tuple[int | None, float, int]:
+        """Step of the best evaluation (None if there was none), its value, and how many came after it."""
+        step, best, since = None, -math.inf, 0
+        for entry in state.log_history:
+            if self.key not in entry:
+                continue
+            since += 1
+            if self.sign * entry[self.key] > best:
+                step, best, since = entry["step"], self.sign * entry[self.key], 0
+        return step, self.sign * best, since
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        step, best, since = self.history(state)
+        # The entry of this evaluation is the last one of the log.
+        if since == 0 and step is not None:
+            self.weights = {
+                name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()
+            }
+            state.best_metric, state.best_global_step = best, step
+        elif since >= self.patience:
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.weights is None:
+            return
+        own = model.state_dict()
+        with torch.no_grad():
+            for name, value in self.weights.items():
+                own[name].copy_(value)
