@@ -15,6 +15,9 @@ from torch import Tensor
 
 from .naming import nearest
 
+# A model keeps its towers in a ModuleDict under the tasks' names, so these are taken ("type", "items", "train", ...).
+_TAKEN = frozenset(dir(torch.nn.ModuleDict()))
+
 METRICS = ("auc", "group_auc", "log_loss", "accuracy", "f1", "rmse", "mae")
 
 
@@ -93,6 +96,13 @@ KINDS: dict[str, Kind] = {
 }
 
 
+def _check_name(what: str, name: Any) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", name):
+        raise ValueError(f"{what} must be letters, digits and '_' (at most 100), found {name!r}")
+    if name in _TAKEN:
+        raise ValueError(f"{what} {name!r} is taken: torch.nn.ModuleDict has an attribute of that name")
+
+
 @dataclass(frozen=True)
 class Task:
     """One thing a model predicts.
@@ -123,11 +133,14 @@ class Task:
     product_of: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", self.name):
-            raise ValueError(f"task name must be letters, digits and '_' (at most 100), found {self.name!r}")
+        _check_name("task name", self.name)
         where = f"task {self.name!r}"
         if self.name == "shared":
             raise ValueError("task name 'shared' is taken: it names the shared experts")
+        if self.group is not None:
+            _check_name(f"{where}: group", self.group)
+        if self.space is not None and not isinstance(self.space, str):
+            raise ValueError(f"{where}: space must be the name of a task, found {self.space!r}")
         if self.kind not in KINDS:
             raise ValueError(f"{where}: kind must be one of {', '.join(KINDS)}, found {self.kind!r}")
         if isinstance(self.num_outputs, bool) or not isinstance(self.num_outputs, int):
@@ -142,7 +155,7 @@ class Task:
         for field in ("metrics", "product_of"):
             value = getattr(self, field)
             if value is not None:
-                if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+                if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
                     raise ValueError(f"{where}: {field} must be a list of names, found {value!r}")
                 object.__setattr__(self, field, tuple(value))
         for metric in self.metrics or ():
@@ -201,12 +214,22 @@ class Task:
         Args:
             logits_BC: `[B, C]`, any float dtype; the loss is taken in float32 at least.
             labels: `[B]` or `[B, C]`; NaN or -100 is missing.
-            weights_B: weight per row; the mean is sum(w l) / sum(w).
+            weights_B: weight per row, finite and not negative; the mean is sum(w l) / sum(w).
             mask_B: further rows to leave out (False), for example those outside the task's space.
+
+        Raises:
+            ValueError: labels, weights or mask that do not fit, before any loss is taken.
         """
         self.check_labels(logits_BC, labels)
         count_B = self.labelled(labels)
+        if weights_B is not None:
+            self._check_weights(weights_B, len(count_B))
         if mask_B is not None:
+            if mask_B.shape != count_B.shape:
+                raise ValueError(
+                    f"space of task {self.name!r}: expected a mask of shape {list(count_B.shape)}, "
+                    f"found {list(mask_B.shape)}"
+                )
             count_B = count_B & mask_B
         if logits_BC.dtype in (torch.float16, torch.bfloat16):
             logits_BC = logits_BC.float()
@@ -222,7 +245,9 @@ class Task:
         """Raises ValueError where the labels are not of this task's kind, before any loss is taken."""
         rows, outputs = logits_BC.shape
         dtype = KINDS[self.kind].label_dtype
-        if labels.dtype.is_floating_point != dtype.is_floating_point or labels.dtype == torch.bool:
+        if not isinstance(labels, Tensor):
+            raise ValueError(f"labels of task {self.name!r}: expected a tensor, found {type(labels).__name__}")
+        if not labels.dtype.is_floating_point if dtype.is_floating_point else labels.dtype != dtype:
             raise ValueError(f"labels of task {self.name!r}: expected {dtype} ({self.kind}), found {labels.dtype}")
         shapes = {"binary": [(rows,), (rows, 1)][:1], "multiclass": [(rows,)], "multilabel": [(rows, outputs)]}.get(
             self.kind, [(rows, outputs)] + ([(rows,)] if outputs == 1 else [])
@@ -232,7 +257,7 @@ class Task:
             raise ValueError(f"labels of task {self.name!r}: expected shape {expected}, found {list(labels.shape)}")
         if torch.compiler.is_compiling() or labels.numel() == 0:
             return
-        low, high = torch.aminmax(torch.nan_to_num(labels, nan=0.0) if dtype.is_floating_point else labels)
+        low, high = torch.aminmax(torch.where(labels.isnan(), 0.0, labels) if dtype.is_floating_point else labels)
         low, high = low.item(), high.item()
         if self.kind == "multiclass":
             if high >= outputs or (low < 0 and bool(((labels < 0) & (labels != self.missing)).any())):
@@ -247,6 +272,17 @@ class Task:
                 )
         elif not (abs(low) < float("inf") and abs(high) < float("inf")):
             raise ValueError(f"labels of task {self.name!r}: expected finite values or NaN, found infinity")
+
+    def _check_weights(self, weights_B: Tensor, rows: int) -> None:
+        where = f"sample_weights of task {self.name!r}"
+        if not isinstance(weights_B, Tensor) or tuple(weights_B.shape) != (rows,):
+            found = list(weights_B.shape) if isinstance(weights_B, Tensor) else type(weights_B).__name__
+            raise ValueError(f"{where}: expected shape [{rows}], found {found}")
+        if torch.compiler.is_compiling() or rows == 0:
+            return
+        low, high = (bound.item() for bound in torch.aminmax(weights_B))  # NaN wins both
+        if not 0 <= low <= high < float("inf"):
+            raise ValueError(f"{where}: expected finite weights of at least 0, found {low} to {high}")
 
 
 def parse_tasks(tasks: Sequence[dict[str, Any] | Task]) -> list[Task]:

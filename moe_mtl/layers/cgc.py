@@ -44,7 +44,7 @@ class CGCLevel(nn.Module):
     ):
         super().__init__()
         self.name, self.groups, self.output_dim = name, tuple(groups), dims[-1]
-        sizes = {group: num_specific for group in groups} | {SHARED: num_shared}
+        sizes = dict.fromkeys(groups, num_specific) | {SHARED: num_shared}
         self.experts = nn.ModuleDict(
             {group: ExpertBank(size, input_dim, dims, activation, dropout) for group, size in sizes.items()}
         )

@@ -61,6 +61,8 @@ class FeatureEncoder(nn.Module):
         }
         for name, values in self._constants.items():
             self.register_buffer(name, torch.tensor(values, dtype=torch.int64), persistent=False)
+        # Follows `.to(dtype)` and `.to(device)` where the encoder has no parameter that would.
+        self.register_buffer("like", torch.empty(0), persistent=False)
 
         bins = [f.get("bins") for f in of_kind["numeric"]]
         if numeric_embedding == "scaled":
@@ -72,8 +74,9 @@ class FeatureEncoder(nn.Module):
         self.embedded_columns = embedded
         self.plain_columns = [i for i in range(len(bins)) if i not in set(embedded)]
         self.numeric = None
+        self._bins = [bins[i] for i in embedded]
         if embedded:
-            self.numeric = _numeric_embedding(numeric_embedding, [bins[i] for i in embedded], numeric_embedding_dim)
+            self.numeric = _numeric_embedding(numeric_embedding, self._bins, numeric_embedding_dim)
         self.output_dim = embedding_dim * len(sizes) + numeric_embedding_dim * len(embedded) + len(self.plain_columns)
         if self.output_dim == 0:
             raise ValueError("features: expected at least one column, found none")
@@ -82,6 +85,11 @@ class FeatureEncoder(nn.Module):
         """Refills what is derived from the config: a model built on the meta device holds garbage there."""
         for name, values in self._constants.items():
             init.copy_(self.get_buffer(name), torch.tensor(values, dtype=torch.int64))
+        if isinstance(self.numeric, rtdl.PiecewiseLinearEmbeddings):
+            with torch.device("cpu"):
+                encoding = rtdl.PiecewiseLinearEncoding(_edges(self._bins)).impl
+            for name, buffer in encoding.named_buffers():
+                init.copy_(self.numeric.impl.get_buffer(name), buffer)
 
     def forward(
         self,
@@ -108,18 +116,13 @@ class FeatureEncoder(nn.Module):
         if sequences_BFL is not None:
             parts.append(self._pool(sequences_BFL))
         if numeric_BF is not None:
-            numeric_BF = numeric_BF.to(self._dtype(numeric_BF))
+            numeric_BF = numeric_BF.to(self.like.dtype)
             if self.numeric is not None:
                 chosen = numeric_BF[:, self.embedded_columns] if self.plain_columns else numeric_BF
                 parts.append(self.numeric(chosen).flatten(1))
             if self.plain_columns:
                 parts.append(numeric_BF[:, self.plain_columns] if self.embedded_columns else numeric_BF)
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-
-    def _dtype(self, numeric_BF: Tensor) -> torch.dtype:
-        """Half-precision models get half-precision inputs; otherwise the inputs keep their own dtype."""
-        parameter = next(self.parameters(), None)
-        return numeric_BF.dtype if parameter is None else parameter.dtype
 
     def _pool(self, ids_BFL: Tensor) -> Tensor:
         present_BFL = ids_BFL >= 0
@@ -186,8 +189,8 @@ class FeatureEncoder(nn.Module):
         if bool(wrong.any()):
             where = wrong.nonzero()[0].tolist()
             raise ValueError(
-                f"column {names[where[1]]!r}, row {where[0]}: expected an id in [{lowest}, {int(sizes.flatten()[where[1]]) - 1}], "
-                f"found {int(ids[tuple(where)])}"
+                f"column {names[where[1]]!r}, row {where[0]}: expected an id in "
+                f"[{lowest}, {int(sizes.flatten()[where[1]]) - 1}], found {int(ids[tuple(where)])}"
             )
 
 
@@ -197,5 +200,8 @@ def _numeric_embedding(kind: str, bins: Sequence[Sequence[float]], dim: int) -> 
         warnings.simplefilter("ignore")  # a column with a single bin is legal
         if kind == "periodic":
             return rtdl.PeriodicEmbeddings(len(bins), dim, lite=False)
-        edges = [torch.tensor(column, dtype=torch.float32) for column in bins]
-        return rtdl.PiecewiseLinearEmbeddings(edges, dim, activation=False, version="B")
+        return rtdl.PiecewiseLinearEmbeddings(_edges(bins), dim, activation=False, version="B")
+
+
+def _edges(bins: Sequence[Sequence[float]]) -> list[Tensor]:
+    return [torch.tensor(column, dtype=torch.float32, device="cpu") for column in bins]

@@ -4,7 +4,6 @@ Shapes: `B` rows, `D` gate input width, `E` experts, `S` selectors, `M` bits of 
 """
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -53,9 +52,9 @@ def smooth_step(t: Tensor, gamma: float) -> Tensor:
 class DSelectKGate(nn.Module):
     """At most `k` experts, chosen by gradient descent: DSelect-k (Hazimeh et al., NeurIPS 2021), sections 3 and 4.
 
-    Each of `S = k` selectors holds one bit per binary digit of an expert's number. A smooth step turns the bits into a
-    distribution over experts (equation 5), which is one expert exactly once every bit saturates; selectors are mixed by a
-    softmax (equation 6). The regulariser (section 3.3) drives the selectors to saturate.
+    Each of `S = k` selectors holds one bit per binary digit of an expert's number. A smooth step turns the bits into
+    a distribution over experts (equation 5), which is one expert exactly once every bit saturates; selectors are mixed
+    by a softmax (equation 6). The regulariser (section 3.3) drives the selectors to saturate.
 
     Args:
         input_dim: `D`; only the per-example gate reads the input.
@@ -136,7 +135,7 @@ class DSelectKGate(nn.Module):
         if self.entropy_warmup_steps:
             weight = weight * min(1.0, self.training_step / self.entropy_warmup_steps)
         loss = -weight * (selectors_BSE * torch.log(selectors_BSE + 1e-6)).sum()
-        if self.num_experts & (self.num_experts - 1):
+        if self.num_experts != 2**self.num_bits:
             loss = loss + selectors_BSE.sum(-1).reciprocal().sum()
         return loss
 

@@ -18,9 +18,18 @@ from ..tasks import Task, check_task_names, parse_tasks
 
 REGISTRY: dict[str, type["MultiTaskModel"]] = {}
 
-# What transformers itself hands to a config beyond the declared fields.
+# What transformers itself hands to a config beyond the declared fields; its Trainer sets `use_cache` on every model's.
 _LIBRARY_KEYS = frozenset(
-    {"_name_or_path", "name_or_path", "attn_implementation", "experts_implementation", "_commit_hash", "model_type"}
+    {
+        "_name_or_path",
+        "name_or_path",
+        "attn_implementation",
+        "experts_implementation",
+        "_commit_hash",
+        "model_type",
+        "use_cache",
+        "tie_word_embeddings",
+    }
 )
 MAX_PARAMETERS = 100_000_000_000
 
@@ -51,6 +60,8 @@ class MultiTaskConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.tasks is None:
             self.tasks = [{"name": "task", "kind": "binary"}]
+        if not self.tasks:
+            raise ValueError(f"{type(self).__name__}: tasks must hold at least one task, found none")
         self.tasks = [task.to_dict() for task in parse_tasks(self.tasks)]
 
     @property
@@ -160,7 +171,8 @@ class MultiTaskModel(PreTrainedModel):
         missing, superfluous, misshapen or non-finite tensor is an error, and so is a path that leaves the folder.
 
         Args:
-            pretrained_model_name_or_path: folder, zoo name, or Hub id `owner/name`; None with `config` and `state_dict`.
+            pretrained_model_name_or_path: folder, zoo name, or Hub id `owner/name`; None with `config` and
+                `state_dict`.
             tasks: read and build only what these tasks need.
             ignore_mismatched_sizes: initialise anew what does not fit, as transformers does; all checks of names and
                 shapes are then off.

@@ -236,8 +236,12 @@ class TabularModel(MultiTaskModel):
             ValueError: inputs that do not fit, naming the column.
         """
         wanted = check_task_names(tasks, self.tasks)
-        for given in (labels, sample_weights):
-            if given is not None and (unknown := [name for name in given if name not in self.tasks]):
+        for what, given in (("labels", labels), ("sample_weights", sample_weights)):
+            if given is None:
+                continue
+            if not isinstance(given, Mapping):
+                raise ValueError(f"{what}: expected a mapping from task to tensor, found {type(given).__name__}")
+            if unknown := [name for name in given if name not in self.tasks]:
                 raise UnknownTaskError(unknown, self.tasks)
         computed = [task for task in self._parsed_tasks if task.name in wanted]
         factors = {factor for task in computed for factor in task.product_of or ()}

@@ -1,8 +1,8 @@
 """DSelect-k: MMoE whose gates choose at most k experts, differentiably.
 
-Hazimeh et al., "DSelect-k: Differentiable Selection in the Mixture of Experts with Applications to Multi-Task Learning",
-NeurIPS 2021. The gate, its regulariser and its defaults are in `layers/gates.py`; the trunk is MMoE's. With the static
-gate a task extracts to at most k experts, exactly, once its selectors have saturated.
+Hazimeh et al., "DSelect-k: Differentiable Selection in the Mixture of Experts with Applications to Multi-Task
+Learning", NeurIPS 2021. The gate, its regulariser and its defaults are in `layers/gates.py`; the trunk is MMoE's. With
+the static gate a task extracts to at most k experts, exactly, once its selectors have saturated.
 
 Differs from the official code in: that is a TensorFlow gate without a model; towers and encoder are ours.
 """

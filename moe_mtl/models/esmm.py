@@ -51,7 +51,7 @@ class Identity(nn.Module):
         self.output_dim = input_dim
 
     def forward(self, x_BD: Tensor, tasks: Sequence[str], record: bool) -> TrunkOutput:
-        return TrunkOutput({task: x_BD for task in tasks})
+        return TrunkOutput(dict.fromkeys(tasks, x_BD))
 
 
 @register

@@ -10,12 +10,13 @@ reading was chosen. The paper's numbers are on private data.
 
 with every expert Swish(BN(MLP(FeatureGate(input)))) and one feature gate per group of experts.
 
-Differs from the official code in: there is none. A third-party one feeds the feature gate instead of the gated input to the
-experts, and keeps a ReLU before the batch norm.
+Differs from the official code in: there is none. A third-party one feeds the feature gate instead of the gated input
+to the experts, and keeps a ReLU before the batch norm.
 
 Shapes: `B` rows, `D` width of the encoded row, `H` expert output width.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Self
@@ -66,6 +67,13 @@ class HoMEConfig(TabularConfig):
                 raise ValueError(
                     f"group must be letters, digits and '_', other than 'shared' and 'global'; found {group!r}"
                 )
+        experts = [*self.group_of, *(f"{group}_local" for group in self.groups), GLOBAL]
+        for name in experts:
+            if experts.count(name) > 1:
+                raise ValueError(
+                    f"HoME's task layer has one group of experts per task, '<group>_local' per group, and 'global': "
+                    f"{name!r} is taken twice; rename the task"
+                )
         if not set(self.group_of.values()) <= set(self.groups):
             raise ValueError(f"meta_groups must hold every task's group, found {self.meta_groups}")
 
@@ -89,8 +97,11 @@ class HoMEConfig(TabularConfig):
 
 
 class HoMETrunk(nn.Module):
-    """Meta layer, then task layer. A single task needs the whole meta layer but other groups' gates, and of the task layer
-    its own, its group's and the global experts."""
+    """Meta layer, then task layer.
+
+    A single task needs the whole meta layer but for other groups' gates, and of the task layer its own, its group's and
+    the global experts.
+    """
 
     def __init__(self, config: HoMEConfig, input_dim: int):
         super().__init__()
@@ -108,8 +119,8 @@ class HoMETrunk(nn.Module):
         }
         self.meta = HoMELayer(
             "meta",
-            input_dims={group: input_dim for group in meta},
-            num_experts={group: config.num_experts for group in meta},
+            input_dims=dict.fromkeys(meta, input_dim),
+            num_experts=dict.fromkeys(meta, config.num_experts),
             sees={group: (group, SHARED) for group in kept} | {SHARED: (SHARED, *config.groups)},
             gate_dim=input_dim,
             self_gate_dim=input_dim,
@@ -118,8 +129,8 @@ class HoMETrunk(nn.Module):
         experts = [*self.group_of, *(f"{group}_local" for group in kept), GLOBAL]
         self.task = HoMELayer(
             "task",
-            input_dims={name: width for name in experts},
-            num_experts={name: config.num_experts for name in experts},
+            input_dims=dict.fromkeys(experts, width),
+            num_experts=dict.fromkeys(experts, config.num_experts),
             sees={task: (task, f"{group}_local", GLOBAL) for task, group in self.group_of.items()},
             gate_dim=2 * width,
             self_gate_dim=width,
@@ -132,7 +143,7 @@ class HoMETrunk(nn.Module):
             raise ValueError("HoME normalises over the batch: training needs at least 2 rows in a batch, found 1")
         groups = list(dict.fromkeys(self.group_of[task] for task in tasks))
         meta_outputs = [*groups, SHARED]
-        same = {name: x_BD for name in self.meta.experts}
+        same = dict.fromkeys(self.meta.experts, x_BD)
         z, meta_routing = self.meta(same, same, same, meta_outputs, record)
 
         inputs = {GLOBAL: z[SHARED]}
@@ -158,8 +169,11 @@ class HoMEForMultiTask(TabularModel):
         return HoMETrunk(self.config, input_dim)
 
     def fold_for_inference(self) -> Self:
-        """Absorbs the experts' batch norms, in place: same outputs in evaluation mode to rounding; training then goes on
-        without them."""
+        """Absorbs the experts' batch norms, in place; outputs in evaluation mode stay the same to rounding.
+
+        Training afterwards goes on without them.
+        """
         fold_batch_norms(self)
+        self.config = copy.deepcopy(self.config)  # other models may have been built from the same one
         self.config.batch_norm = False
         return self

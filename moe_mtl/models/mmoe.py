@@ -128,7 +128,7 @@ class MMoETrunk(nn.Module):
             names = expert_names("experts", len(hidden_EBH))
             if self.kept is not None:
                 names = tuple(f"experts.{i}" for i in self.kept)
-            routing = (Routing("experts", weights, {g: names for g in weights}, dead_units(hidden_EBH, names)),)
+            routing = (Routing("experts", weights, dict.fromkeys(weights, names), dead_units(hidden_EBH, names)),)
         return TrunkOutput({task: mixed[gate_of[task]] for task in tasks}, (), routing, auxiliary)
 
 

@@ -3,8 +3,8 @@
 Tang et al., "Progressive Layered Extraction (PLE): A Novel Multi-Task Learning (MTL) Model for Personalized
 Recommendations", RecSys 2020, sections 4.1 (CGC) and 4.2 (PLE). CGC is PLE with one level.
 
-Differs from the official code in: there is none. Others' PLE mixes only shared experts in the shared gate (FuxiCTR), or has
-no shared stream (LibMTL); the paper's shared gate sees all experts of its level, and the last level has none.
+Differs from the official code in: there is none. Others' PLE mixes only shared experts in the shared gate (FuxiCTR), or
+has no shared stream (LibMTL); the paper's shared gate sees all experts of its level, and the last level has none.
 
 Shapes: `B` rows, `D` width of the encoded row, `H` expert output width.
 """
@@ -96,7 +96,7 @@ class PLETrunk(nn.Module):
         self.output_dim = config.expert_dims[-1]
 
     def forward(self, x_BD: Tensor, tasks: Sequence[str], record: bool) -> TrunkOutput:
-        streams = {name: x_BD for name in (*self.levels[0].groups, SHARED)}
+        streams = dict.fromkeys((*self.levels[0].groups, SHARED), x_BD)
         hidden, routing = [], []
         for number, level in enumerate(self.levels):
             streams, seen = level(streams, self.outputs_of(number, tasks), record)

@@ -37,7 +37,7 @@ class SharedBottomTrunk(nn.Module):
 
     def forward(self, x_BD: Tensor, tasks: Sequence[str], record: bool) -> TrunkOutput:
         bottom_BH = self.bottom(x_BD)
-        return TrunkOutput({task: bottom_BH for task in tasks})
+        return TrunkOutput(dict.fromkeys(tasks, bottom_BH))
 
 
 @register

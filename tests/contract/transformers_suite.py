@@ -1,0 +1,97 @@
+"""transformers' own tests of a model, over every registered one. `test_transformers_suite.py` runs this file.
+
+`upstream` is a package made of transformers' test files, see there.
+"""
+
+import contextlib
+import copy
+import functools
+import unittest
+from typing import Any
+
+import torch
+import zoo
+from upstream.test_configuration_common import ConfigTester
+from upstream.test_modeling_common import ModelTesterMixin
+
+from moe_mtl.models import REGISTRY
+
+ROWS = 5
+# Every parameter tensor costs upstream's tests time: fewer tasks than the other contract tests have.
+TASKS = [task for task in zoo.TASKS if task["name"] in ("view", "buy", "view_buy", "colour")]
+
+
+def config_of(model_type: str) -> Any:
+    config = zoo.config_of(model_type, tasks=TASKS)
+    if config.num_hidden_layers > 2:  # upstream insists on small models
+        config = zoo.config_of(model_type, tasks=TASKS, num_levels=2)
+    return config
+
+
+@functools.cache
+def encoded_width(model_type: str) -> int:
+    return REGISTRY[model_type](config_of(model_type)).encoder.output_dim
+
+
+class ModelTester:
+    """What upstream asks of the object that makes configs and inputs."""
+
+    __test__ = False
+    batch_size = seq_length = ROWS  # the states of a table are [rows, width]; upstream looks for [.., length, width]
+    is_training = True
+
+    def __init__(self, model_type: str):
+        self.model_type = model_type
+        self.num_hidden_layers = config_of(model_type).num_hidden_layers
+        self.hidden_size = encoded_width(model_type)
+
+    def get_config(self) -> Any:
+        return config_of(self.model_type)
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, Any]]:
+        config = self.get_config()
+        return config, zoo.inputs_of(config, ROWS)
+
+
+class StrictConfigTester(ConfigTester):
+    def create_and_test_config_with_num_labels(self) -> None:
+        """Upstream hands any config a `num_labels`; here the tasks say it, and an unknown field is an error."""
+        with self.parent.assertRaisesRegex(ValueError, "unknown field 'num_labels'"):
+            self.config_class(num_labels=5)
+
+
+class CommonTests(ModelTesterMixin):
+    model_type: str
+    has_attentions = False
+    test_resize_embeddings = False
+    test_can_init_all_missing_weights_before_2023 = True  # else upstream skips what has no line of copyright
+
+    def setUp(self) -> None:
+        torch.manual_seed(0)
+        self.model_tester = ModelTester(self.model_type)
+        config = config_of(self.model_type)
+        self.config_tester = StrictConfigTester(
+            self,
+            config_class=type(config),
+            has_text_modality=False,
+            common_properties=["num_hidden_layers"],
+            **{field.name: getattr(config, field.name) for field in zoo.own_fields(type(config))},
+        )
+
+    def subTest(self, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager:  # noqa: N802 - unittest's name
+        """One report per test: upstream opens a sub-test per parameter, and pytest reports each."""
+        return contextlib.nullcontext()
+
+    def _prepare_for_class(self, inputs: dict, model_class: type, return_labels: bool = False) -> dict:
+        inputs = copy.deepcopy(inputs)
+        if return_labels:
+            inputs["labels"] = zoo.labels_of(self.model_tester.get_config(), ROWS)
+        return inputs
+
+    def test_config(self) -> None:
+        self.config_tester.run_common_tests()
+
+
+for _model_type, _model_class in REGISTRY.items():
+    _members = {"all_model_classes": (_model_class,), "model_type": _model_type}
+    globals()[f"Test_{_model_type}"] = type(f"Test_{_model_type}", (CommonTests, unittest.TestCase), _members)
