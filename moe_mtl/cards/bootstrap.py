@@ -1,4 +1,4 @@
-"""Is the difference between two models more than the luck of the test rows? A paired bootstrap over rows, seeds averaged.
+"""Is the difference between two models more than the luck of the test rows? A paired bootstrap, seeds averaged.
 
 Legend: `B` rows, `S` seeds, `R` resamples. Both models are judged on the same resampled rows, so that what makes a row
 hard for both cancels. A resample is a vector of counts: each
@@ -57,7 +57,7 @@ def auc_statistic(labels_B: np.ndarray, scores_SB: np.ndarray) -> Statistic:
 
 
 def mean_statistic(values_SB: np.ndarray, *, root: bool = False) -> Statistic:
-    """Mean over rows of per-row values, one per seed: 0/1 hits give the accuracy, squared errors with `root` the RMSE."""
+    """Mean over rows of per-row values, one per seed: hits give the accuracy, squared errors with `root` the RMSE."""
     values_SB = np.atleast_2d(np.asarray(values_SB, dtype=np.float64))
 
     def statistic(counts_B: np.ndarray) -> np.ndarray:

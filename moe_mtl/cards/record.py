@@ -8,7 +8,7 @@ from typing import Any
 
 from ..files import read_json
 
-RECORD = "results.json"
+RECORD, RESOLVED = "results.json", "recipe.resolved.yaml"
 BUDGETS = ("ci", "nightly")
 LOWER_IS_BETTER = {"log_loss", "rmse", "mae"}
 

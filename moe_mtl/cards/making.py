@@ -1,0 +1,205 @@
+"""Makes a card: trains the model and its baselines over the seeds, compares them, writes the folder at once."""
+
+import json
+import math
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ..files import staged_folder
+from ..hub import CONFIG, WEIGHTS, Checkpoint, file_sha256, write_manifest, zoo_folder
+from ..training.recipe import load_recipe
+from .bootstrap import paired_bootstrap
+from .page import PAGE, build_index, prose_of, render
+from .record import LOWER_IS_BETTER, RECORD, RESOLVED, measure, record_problems
+from .variants import Trained, answer, canonical, cost, load_trained, measured_tasks, statistics, train, variants
+
+RESAMPLES, CONFIDENCE = 1000, 0.95
+PACKAGES = ("torch", "transformers", "torchjd")
+MIN_TOLERANCE = 0.005
+
+
+def make(
+    recipe: str | Path,
+    *,
+    baseline: str | Path | None = None,
+    data_path: str | None = None,
+    runs: str | Path | None = None,
+    budget: str = "nightly",
+    external: list[dict[str, Any]] | None = None,
+    echo: Callable[[str], None] = print,
+) -> Path:
+    """Writes `model_cards/<card.name>/` and the table of the zoo; returns the folder.
+
+    The shipped weights are those of the seed that is best on the validation rows; the test rows choose nothing.
+
+    Args:
+        recipe: of the model, name or file; `card.name` and `card.seeds` say what to make.
+        baseline: recipe of a shared bottom on the same data; by default `shared_bottom` beside the recipe.
+        data_path: where the rows are, for data sets that are read from a path.
+        runs: folder that keeps the trained models, so that a second card, or a second try, does not train them again.
+        budget: `ci` if the record is small enough to be repeated at every change, else `nightly`.
+        external: other libraries on the same split: `{"model", "source": command, "metrics": {task: {metric: value}}}`.
+        echo: gets a line for each model trained.
+
+    Raises:
+        RecipeError: a recipe that cannot be followed, or baselines with another budget.
+        ValueError: fewer than 3 seeds, or no card name.
+        OSError: nothing is half-written.
+    """
+    own = load_recipe(recipe, [] if data_path is None else [("data.path", data_path)])
+    if own.card.name is None or len(set(own.card.seeds)) < 3:
+        raise ValueError(
+            f"{recipe}: expected card.name and at least 3 card.seeds, found {own.card.name!r}, {own.card.seeds}"
+        )
+    if not {"validation", "test"} <= set(own.eval.splits):
+        raise ValueError(f"{recipe}: expected eval.splits with validation and test, found {own.eval.splits}")
+    if runs is None:
+        with TemporaryDirectory() as folder:
+            return make(
+                recipe, baseline=baseline, data_path=data_path, runs=folder, budget=budget, external=external, echo=echo
+            )
+    from ..training.run import load_data
+
+    splits = load_data(own)
+    tasks = measured_tasks(own, splits)
+    name = canonical(recipe)
+    baseline = baseline or f"{name.rpartition('/')[0]}/shared_bottom"
+    alone = [task.name for task in tasks if task.product_of is None]
+    chosen = variants(name, baseline, data_path, alone)
+    trained: dict[str, list[Trained]] = {}
+    for variant in chosen:
+        for seed in own.card.seeds:
+            one = train(variant, seed, Path(runs), progress=False)
+            trained.setdefault(variant.model, []).append(one)
+            echo(f"{variant.model} seed {seed}: {_told(one.metrics['test'])} ({one.wall_s:.0f} s)")
+
+    shipped = best_seed([one.metrics["validation"] for one in trained[chosen[0].model]])
+    folder = trained[chosen[0].model][shipped].folders["all"]
+    model, _ = load_trained(folder)
+    seeds = own.card.seeds
+    rows = [
+        variant.row | _cost_of(trained[variant.model][0]) | {"metrics": _metrics(trained[variant.model])}
+        for variant in chosen
+    ]
+    checkpoint = Checkpoint(folder)
+    command = f"moe-mtl cards make {name}" + (f" --data.path {Path(data_path).name}" if data_path else "")
+    record = {
+        "name": own.card.name,
+        "model_type": own.model.type,
+        "command": command,
+        "recipe": name,
+        "recipe_sha256": rows[0]["recipe_sha256"],
+        "data": {key: splits.info[key] for key in ("name", "sha256", "licence", "rows")},
+        "seeds": seeds,
+        "shipped_seed": seeds[shipped],
+        "weights": {
+            "sha256": file_sha256(folder / WEIGHTS),
+            "bytes": (folder / WEIGHTS).stat().st_size,
+            "tensors": len(checkpoint.shapes),
+            "elements": checkpoint.num_parameters,
+        },
+        "rows": rows,
+        "single_task_cost": {task.name: cost(model, task.name) for task in tasks},
+        "comparison": _comparison(tasks, trained, splits.test, own.train.eval_batch_size),
+        "bootstrap": {"resamples": RESAMPLES, "confidence": CONFIDENCE},
+        "tolerance": _tolerance(rows),
+        "wall_s": round(sum(one.wall_s for variant in trained.values() for one in variant), 1),
+        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})" if model.device.type == "cpu" else _gpu(),
+        "packages": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "budget": budget,
+    } | ({"external": external} if external else {})
+    return write_card(record, folder)
+
+
+def write_card(record: dict[str, Any], trained: Path) -> Path:
+    """The card's folder from its record and the trained model, in one rename; prose that is there stays."""
+    if problems := record_problems(record):
+        raise ValueError(f"{RECORD}: " + "; ".join(problems))
+    target = zoo_folder() / record["name"]
+    prose = prose_of(target)
+    with staged_folder(target) as folder:
+        for name in (CONFIG, "preprocessor_config.json", WEIGHTS):
+            shutil.copyfile(trained / name, folder / name)
+        # Without the path: where the rows lay is nobody's business, and elsewhere on the reader's machine.
+        resolved = load_recipe(trained / RESOLVED)
+        resolved.data.path = None
+        (folder / RESOLVED).write_text(resolved.to_yaml(), encoding="utf-8")
+        (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / PAGE).write_text(render(folder, prose), encoding="utf-8")
+        write_manifest(folder)
+    build_index()
+    return target
+
+
+def best_seed(validation: list[dict[str, dict[str, float]]]) -> int:
+    """Position of the run whose primary metrics, each task's first, are best on average."""
+
+    def score(metrics: dict[str, dict[str, float]]) -> float:
+        primary = [next(iter(values.items())) for values in metrics.values()]
+        return sum(-value if metric in LOWER_IS_BETTER else value for metric, value in primary) / len(primary)
+
+    return max(range(len(validation)), key=lambda i: score(validation[i]))
+
+
+def _metrics(trained: list[Trained]) -> dict[str, dict[str, Any]]:
+    first = trained[0].metrics["test"]
+    for one in trained:
+        for task, metrics in one.metrics["test"].items():
+            for metric, value in metrics.items():
+                if value is None:
+                    raise ValueError(f"{task} {metric} is not defined on the test rows")
+    return {
+        task: {metric: measure([one.metrics["test"][task][metric] for one in trained]) for metric in metrics}
+        for task, metrics in first.items()
+    }
+
+
+def _cost_of(trained: Trained) -> dict[str, int]:
+    """Of all models that it takes to answer every task."""
+    costs = [cost(load_trained(folder)[0]) for folder in trained.folders.values()]
+    return {key: sum(one[key] for one in costs) for key in costs[0]}
+
+
+def _comparison(
+    tasks: list[Any], trained: dict[str, list[Trained]], rows: Any, batch_size: int
+) -> list[dict[str, Any]]:
+    own, *baselines = trained
+    found = []
+    answers = {model: [answer(one, rows, batch_size) for one in trained[model]] for model in trained}
+    for task in tasks:
+        judged = {model: statistics(task, answers[model]) for model in trained}
+        metric = next(iter(trained[own][0].metrics["test"][task.name]))
+        for baseline in baselines:
+            if judged[own] is not None and judged[baseline] is not None:
+                (model, count), (other, _) = judged[own], judged[baseline]
+                difference = paired_bootstrap(model, other, count, resamples=RESAMPLES, confidence=CONFIDENCE)
+                found.append({"baseline": baseline, "task": task.name, "metric": metric, **vars(difference)})
+    return found
+
+
+def _tolerance(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """How far a repetition of a seed may be off: thrice the spread over seeds, as processors add up in other orders."""
+    spread: dict[str, float] = {}
+    for row in rows:
+        for metrics in row["metrics"].values():
+            for metric, entry in metrics.items():
+                spread[metric] = max(spread.get(metric, MIN_TOLERANCE), 3 * entry["std"])
+    return {metric: math.ceil(value * 1000) / 1000 for metric, value in spread.items()}
+
+
+def _told(metrics: dict[str, dict[str, float]]) -> str:
+    return ", ".join(
+        f"{task} {metric} {value:.4f}" for task, values in metrics.items() for metric, value in list(values.items())[:1]
+    )
+
+
+def _gpu() -> str:
+    import torch
+
+    return torch.cuda.get_device_name()

@@ -1,0 +1,254 @@
+"""The page of a card: prose by hand, numbers from the record.
+
+Only the front matter and the block between the markers are generated.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..files import write_atomically
+from ..hub import read_config, zoo, zoo_folder
+from .record import LOWER_IS_BETTER, load_record, this_row
+
+PAGE = "README.md"
+RESULTS = ("<!-- results:begin -->", "<!-- results:end -->")
+ZOO = ("<!-- zoo:begin -->", "<!-- zoo:end -->")
+WEIGHTS_LICENCE = "apache-2.0"
+HUB_METRICS = {"auc": "roc_auc"}  # names of the Hub where they differ from ours
+DIGITS = 4
+_FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+_ROLES = {"single_task": "single-task (one model per task)", "shared_bottom": "shared-bottom"}
+
+
+def build_card(folder: str | Path) -> Path:
+    """Writes `README.md` of a card's folder anew from its record and config; the prose around the block stays.
+
+    A folder without a page gets the prose of `model_cards/TEMPLATE.md`.
+
+    Raises:
+        ValueError: the record or the config is wrong, or the page has no block to fill.
+    """
+    folder = Path(folder)
+    page = folder / PAGE
+    write_atomically(page, render(folder, prose_of(folder)))
+    return page
+
+
+def prose_of(folder: Path) -> str:
+    """The page as it stands, else the template with the card's name filled in."""
+    if (folder / PAGE).exists():
+        return (folder / PAGE).read_text(encoding="utf-8")
+    return (zoo_folder() / "TEMPLATE.md").read_text(encoding="utf-8").replace("{name}", folder.name)
+
+
+def render(folder: Path, page: str) -> str:
+    """`page` with front matter and results as the record of `folder` has them."""
+    record, config = load_record(folder), read_config(folder)
+    prose = _FRONT_MATTER.sub("", page)
+    return f"---\n{front_matter(record, config)}---\n{replace_block(prose, RESULTS, results(record))}"
+
+
+def replace_block(page: str, markers: tuple[str, str], content: str) -> str:
+    """`page` with `content` between its two markers.
+
+    Raises:
+        ValueError: not exactly one pair of markers, in order.
+    """
+    begin, end = markers
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+        raise ValueError(f"expected one block from {begin} to {end}, found {page.count(begin)} and {page.count(end)}")
+    return page[: page.index(begin)] + f"{begin}\n{content}\n{end}" + page[page.index(end) + len(end) :]
+
+
+def front_matter(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """The metadata that the Hub reads, YAML: the shipped weights' own test results, not the mean over the seeds."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    kinds = {task["name"]: task["kind"] for task in config["tasks"]}
+    shipped = record["seeds"].index(record["shipped_seed"])
+    data = record["data"]["name"]
+    evaluations = [
+        EvalResult(
+            task_type=_hub_task(kinds[task]),
+            dataset_type=data,
+            dataset_name=data,
+            dataset_split="test",
+            metric_type=HUB_METRICS.get(metric, metric),
+            metric_name=f"{task} {metric}",
+            metric_value=_round(entry["values"][shipped]),
+        )
+        for task, metrics in this_row(record)["metrics"].items()
+        for metric, entry in metrics.items()
+    ]
+    card = ModelCardData(
+        model_name=record["name"],
+        license=WEIGHTS_LICENCE,
+        library_name="moe_mtl",
+        pipeline_tag=_hub_task(next(iter(kinds.values()))),
+        tags=["mixture-of-experts", "multi-task-learning", record["model_type"]],
+        eval_results=evaluations,
+    )
+    return card.to_yaml(line_break="\n") + "\n"
+
+
+def _hub_task(kind: str) -> str:
+    return "tabular-regression" if kind == "regression" else "tabular-classification"
+
+
+# --- tables ---
+
+
+def results(record: Mapping[str, Any]) -> str:
+    """The generated block: every table of a card and how to make it again."""
+    parts = [_metrics_table(record), _comparison(record), _cost_table(record)]
+    if record.get("external"):
+        parts.append(_external_table(record))
+    return "\n\n".join([*parts, _provenance(record)])
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; columns after the first are numbers."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _metrics_table(record: Mapping[str, Any]) -> str:
+    own = this_row(record)
+    columns = [(task, metric) for task, metrics in own["metrics"].items() for metric in metrics]
+    rows = []
+    for row in record["rows"]:
+        name = _ROLES.get(row["model"], row["model"])
+        cells = [_spread(row["metrics"][task][metric]) for task, metric in columns]
+        name = f"**{name}**" if row["role"] == "this" else name
+        rows.append([name, f"{row['parameters']:,}", f"{row['multiply_adds']:,}", *cells])
+    shipped = record["seeds"].index(record["shipped_seed"])
+    cells = [_number(own["metrics"][task][metric]["values"][shipped]) for task, metric in columns]
+    rows.append([f"these weights (seed {record['shipped_seed']})", "", "", *cells])
+    header = ["model", "parameters", "multiply-adds per row", *[f"{task} {_named(metric)}" for task, metric in columns]]
+    seeds = f"Test rows; mean ± standard deviation over {len(record['seeds'])} seeds."
+    return f"{seeds} ↓: lower is better.\n\n{table(header, rows)}"
+
+
+def _comparison(record: Mapping[str, Any]) -> str:
+    rows = []
+    for entry in record["comparison"]:
+        interval = f"{_signed(entry['ci_low'])} to {_signed(entry['ci_high'])}"
+        baseline = _ROLES.get(entry["baseline"], entry["baseline"])
+        what = f"{entry['task']} {_named(entry['metric'])}"
+        rows.append([f"{baseline}, {what}", _signed(entry["mean"]), interval, verdict(entry)])
+    bootstrap = record["bootstrap"]
+    text = (
+        "Difference to each baseline on the same test rows: paired bootstrap, "
+        f"{bootstrap['resamples']:,} resamples of the rows, seeds averaged, {bootstrap['confidence']:.0%} interval."
+    )
+    return f"{text}\n\n{table(['baseline', 'difference', 'interval', 'verdict'], rows)}"
+
+
+def verdict(entry: Mapping[str, Any]) -> str:
+    """Whether a difference is more than chance: the interval excludes 0."""
+    low, high = entry["ci_low"], entry["ci_high"]
+    if low <= 0 <= high:
+        return "no difference shown"
+    return "better" if (low > 0) != (entry["metric"] in LOWER_IS_BETTER) else "worse"
+
+
+def _cost_table(record: Mapping[str, Any]) -> str:
+    own = this_row(record)
+    rows = [
+        [
+            task,
+            f"{cost['parameters']:,}",
+            f"{cost['parameters'] / own['parameters']:.0%}",
+            f"{cost['multiply_adds']:,}",
+            f"{cost['multiply_adds'] / own['multiply_adds']:.0%}",
+        ]
+        for task, cost in record["single_task_cost"].items()
+    ]
+    header = ["one task alone", "parameters", "of all", "multiply-adds per row", "of all"]
+    return f"What one task costs, `from_pretrained(..., tasks=[task])`:\n\n{table(header, rows)}"
+
+
+def _external_table(record: Mapping[str, Any]) -> str:
+    columns = sorted({(task, m) for peer in record["external"] for task, ms in peer["metrics"].items() for m in ms})
+    rows = []
+    for peer in record["external"]:
+        cells = [peer["metrics"].get(task, {}).get(metric) for task, metric in columns]
+        rows.append([peer["model"], *["" if cell is None else _number(cell) for cell in cells], f"`{peer['source']}`"])
+    header = ["other libraries", *[f"{task} {_named(metric)}" for task, metric in columns], "measured by"]
+    return f"Measured by us on the same split:\n\n{table(header, rows)}"
+
+
+def _provenance(record: Mapping[str, Any]) -> str:
+    data = record["data"]
+    split = ", ".join(f"{count:,} {name}" for name, count in data["rows"].items())
+    source = f" Source: {data['source']}." if "source" in data else ""
+    packages = ", ".join(f"{name} {version}" for name, version in record["packages"].items())
+    tolerance = ", ".join(f"{metric} ±{value:g}" for metric, value in record["tolerance"].items())
+    seeds = ", ".join(map(str, record["seeds"]))
+    return f"""- Data: {data["name"]} ({data["licence"]}), {split} rows, sha256 `{data["sha256"]}`.{source}
+- Recipe: `{record["recipe"]}`, sha256 `{record["recipe_sha256"]}`.
+- Seeds: {seeds}; the shipped one is the best on validation.
+- Made in {record["wall_s"]:,.0f} s on {record["hardware"]} with {packages}.
+- A repetition agrees within {tolerance} per seed: `moe-mtl cards reproduce {record["name"]}`.
+
+```
+{record["command"]}
+```"""
+
+
+def zoo_table(prefix: str = "") -> str:
+    """The table of all cards, for a page from which the folder of the cards is `prefix`."""
+    rows = []
+    for name, folder in zoo().items():
+        record = load_record(folder)
+        own = this_row(record)
+        # The first metric of a task is its primary one.
+        primary = [(task, *next(iter(metrics.items()))) for task, metrics in own["metrics"].items()]
+        measured = ", ".join(f"{task} {_named(metric)} {_spread(entry)}" for task, metric, entry in primary)
+        verdicts = [verdict(entry) for entry in record["comparison"] if entry["baseline"] == "single_task"]
+        kinds = ("better", "worse", "no difference shown")
+        counted = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in kinds if kind in verdicts)
+        link = f"[{name}]({prefix}{name}/{PAGE})"
+        rows.append([link, record["data"]["name"], f"{own['parameters']:,}", measured, counted])
+    header = ["model", "data", "parameters", "test, mean ± sd over seeds", "tasks against single-task models"]
+    return table(header, rows)
+
+
+def index_pages() -> dict[Path, str]:
+    """Pages that carry the table of the zoo, with the table as it should be: of the cards, and of the checkout."""
+    cards = zoo_folder()
+    pages = {cards / PAGE: ""} | ({cards.parent / PAGE: f"{cards.name}/"} if not cards.name.startswith("_") else {})
+    return {
+        page: zoo_table(prefix)
+        for page, prefix in pages.items()
+        if page.exists() and ZOO[0] in page.read_text(encoding="utf-8")
+    }
+
+
+def build_index() -> list[Path]:
+    """Writes the table of the zoo anew wherever it stands."""
+    for page, content in (pages := index_pages()).items():
+        write_atomically(page, replace_block(page.read_text(encoding="utf-8"), ZOO, content))
+    return list(pages)
+
+
+def _named(metric: str) -> str:
+    return f"{metric} ↓" if metric in LOWER_IS_BETTER else metric
+
+
+def _round(value: float) -> float:
+    return round(value, DIGITS)
+
+
+def _number(value: float) -> str:
+    return f"{value:.{DIGITS}f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.{DIGITS}f}"
+
+
+def _spread(entry: Mapping[str, Any]) -> str:
+    return f"{_number(entry['mean'])} ± {_number(entry['std'])}"

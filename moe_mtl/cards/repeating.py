@@ -1,0 +1,91 @@
+"""Runs records again and holds what comes out to what they say."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ..hub import ModelNotFoundError, zoo, zoo_folder
+from ..naming import nearest
+from .record import BUDGETS, load_record
+from .variants import train, variants
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """One number of a record, measured again."""
+
+    card: str
+    model: str
+    task: str
+    metric: str
+    seed: int
+    expected: float
+    measured: float
+    tolerance: float
+
+    @property
+    def agrees(self) -> bool:
+        return abs(self.measured - self.expected) <= self.tolerance
+
+    def __str__(self) -> str:
+        told = "ok" if self.agrees else f"OFF BY MORE THAN {self.tolerance:g}"
+        what = f"{self.card} {self.model} seed {self.seed} {self.task} {self.metric}"
+        return f"{what}: expected {self.expected:.4f}, measured {self.measured:.4f}, {told}"
+
+
+def reproduce(
+    names: str | Iterable[str] = "all",
+    *,
+    budget: str = "ci",
+    data_path: str | None = None,
+    progress: bool = True,
+    echo: Callable[[str], None] = print,
+) -> list[Repetition]:
+    """Trains records again; every number is told, expected beside measured.
+
+    Args:
+        names: zoo names; "all" takes every record that the budget allows.
+        budget: `ci`: of each record made for it, the shipped model alone; `nightly`: every record, row and seed.
+        data_path: where the rows are, for data sets that are read from a path.
+        progress: whether training shows its progress.
+        echo: gets a line per number.
+
+    Raises:
+        ValueError: an unknown budget.
+        ModelNotFoundError: no such card.
+    """
+    if budget not in BUDGETS:
+        raise ValueError(f"budget: expected one of {', '.join(BUDGETS)}, found {budget!r}")
+    known = zoo()
+    chosen = list(known) if names == "all" else [names] if isinstance(names, str) else list(names)
+    for name in chosen:
+        if name not in known:
+            raise ModelNotFoundError(f"no card {name!r} in {zoo_folder()}{nearest(name, known)}")
+    found = []
+    for name in chosen:
+        for repetition in _repeat(known[name], budget, names == "all", data_path, progress):
+            echo(str(repetition))
+            found.append(repetition)
+    return found
+
+
+def _repeat(folder: Path, budget: str, skip: bool, data_path: str | None, progress: bool) -> Iterator[Repetition]:
+    record = load_record(folder)
+    if skip and budget == "ci" and record["budget"] != "ci":
+        return
+    rows = {row["model"]: row for row in record["rows"]}
+    seeds = [record["shipped_seed"]] if budget == "ci" else record["seeds"]
+    tasks = list(rows["single_task"]["metrics"])
+    with TemporaryDirectory() as runs:
+        for variant in variants(record["recipe"], rows["shared_bottom"]["recipe"], data_path, tasks):
+            if budget == "ci" and variant.role != "this":
+                continue
+            for seed in seeds:
+                measured = train(variant, seed, Path(runs), progress).metrics["test"]
+                for task, metrics in rows[variant.model]["metrics"].items():
+                    for metric, entry in metrics.items():
+                        expected = entry["values"][record["seeds"].index(seed)]
+                        value = measured[task][metric]
+                        tolerance = record["tolerance"][metric]
+                        yield Repetition(record["name"], variant.model, task, metric, seed, expected, value, tolerance)

@@ -1,0 +1,211 @@
+"""The models a card compares, trained one seed at a time: the card's own, the shared bottom, and one model per task."""
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import read_json
+from ..hub import recipes_folder
+from ..training.recipe import Recipe, RecipeError, find_recipe, load_recipe, recipe_sha256
+from .bootstrap import Statistic, auc_statistic, mean_statistic
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from ..data import DataSplits
+    from ..data.processor import TabularProcessor
+    from ..models import MultiTaskModel
+    from ..tasks import Task
+
+Metrics = dict[str, dict[str, float]]
+METRICS = "metrics.json"  # the last file of a run to appear
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a card's table.
+
+    Attributes:
+        model: a model type, or `single_task`.
+        role: `this` or `baseline`.
+        recipe_name: of the recipe that it follows.
+        recipe: that recipe.
+        parts: the recipes that are trained, by label: one, or one per task.
+    """
+
+    model: str
+    role: str
+    recipe_name: str
+    recipe: Recipe
+    parts: Mapping[str, Recipe]
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """What a record says of the recipe."""
+        sha256 = recipe_sha256(self.recipe)
+        return {"model": self.model, "role": self.role, "recipe": self.recipe_name, "recipe_sha256": sha256}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A variant trained with one seed.
+
+    Attributes:
+        folders: where its models are, by label; one answers all tasks, or each its own.
+        metrics: split -> task -> metric -> value.
+        wall_s: seconds of training and evaluation.
+    """
+
+    folders: dict[str, Path]
+    metrics: dict[str, Metrics]
+    wall_s: float
+
+
+def canonical(recipe: str | Path) -> str:
+    """`<data set>/<model>` for a recipe of the library, however it was named; a path for any other."""
+    path = find_recipe(recipe).resolve()
+    folder = recipes_folder().resolve()
+    return path.relative_to(folder).with_suffix("").as_posix() if path.is_relative_to(folder) else str(recipe)
+
+
+def measured_tasks(recipe: Recipe, splits: "DataSplits") -> "list[Task]":
+    """The tasks a recipe trains, in the data's order."""
+    return [task for task in splits.tasks if recipe.model.tasks is None or task.name in recipe.model.tasks]
+
+
+def variants(recipe: str | Path, baseline: str | Path, data_path: str | None, tasks: list[str]) -> list[Variant]:
+    """A card's model and its two baselines; the baselines must have the same training budget.
+
+    Args:
+        recipe: of the card's model.
+        baseline: of a shared bottom on the same data; with one task at a time it is the single-task baseline.
+        data_path: where the rows are, for data sets that are read from a path.
+        tasks: that get a single-task model.
+
+    Raises:
+        RecipeError: the baseline is no shared bottom, or has other data or another budget.
+    """
+    overrides = [] if data_path is None else [("data.path", data_path)]
+    own, shared = load_recipe(recipe, overrides), load_recipe(baseline, overrides)
+    if shared.model.type != "shared_bottom":
+        raise RecipeError(
+            f"{baseline}: expected a recipe of a shared_bottom, found {shared.model.type or 'model.from'!r}"
+        )
+    if own.model.type in (None, "shared_bottom"):
+        raise RecipeError(f"{recipe}: expected a new model that is no shared_bottom, found {own.model.type!r}")
+    if own.data != shared.data or own.model.tasks != shared.model.tasks:
+        raise RecipeError(f"{baseline}: expected the data and tasks of {recipe}")
+    for key in ("epochs", "max_steps", "batch_size", "early_stopping"):
+        if getattr(own.train, key) != getattr(shared.train, key):
+            raise RecipeError(f"{baseline}: expected the train.{key} of {recipe}, so that both have the same budget")
+    names = canonical(recipe), canonical(baseline)
+    alone = {task: dataclasses.replace(shared, model=dataclasses.replace(shared.model, tasks=[task])) for task in tasks}
+    return [
+        Variant(own.model.type, "this", names[0], own, {"all": own}),
+        Variant("single_task", "baseline", names[1], shared, alone),
+        Variant("shared_bottom", "baseline", names[1], shared, {"all": shared}),
+    ]
+
+
+def train(variant: Variant, seed: int, runs: Path, progress: bool = True) -> Trained:
+    """Trains a variant under `runs`; a run that is already there, of the same recipe and seed, is not repeated."""
+    folders, wall_s = {}, 0.0
+    metrics: dict[str, Metrics] = {}
+    for label, recipe in variant.parts.items():
+        folder = runs / f"{variant.model}-{label}-{recipe_sha256(recipe)[:12]}-seed{seed}"
+        if not (folder / METRICS).exists():
+            if folder.exists():  # an interrupted try
+                shutil.rmtree(folder)
+            run_recipe(recipe, folder, seed, progress)
+        content = read_json(folder, METRICS)
+        folders[label] = folder
+        wall_s += sum(content["seconds"].values())
+        for split, by_task in content["metrics"].items():
+            metrics.setdefault(split, {}).update(by_task)
+    return Trained(folders, metrics, wall_s)
+
+
+def run_recipe(recipe: Recipe, folder: Path, seed: int, progress: bool) -> None:
+    """Trains one recipe into a folder."""
+    from ..training.run import run
+
+    run(recipe, folder, seed=seed, progress=progress)
+
+
+# --- what a trained folder says on the test rows ---
+
+
+def load_trained(folder: Path) -> "tuple[MultiTaskModel, TabularProcessor]":
+    """A run's model and processor."""
+    from ..data.processor import TabularProcessor
+    from ..models import AutoModelForMultiTask
+
+    return AutoModelForMultiTask.from_pretrained(folder), TabularProcessor.from_pretrained(folder)
+
+
+def cost(model: "MultiTaskModel", task: str | None = None) -> dict[str, int]:
+    """Parameters that answering a task, or all, can read, and multiply-adds per row."""
+    from .. import pathway
+
+    found = pathway.cost(model, task)
+    return {"parameters": found.touched, "multiply_adds": found.multiply_adds}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one seed's models say on some rows: labels and logits by task, and the processor that knows the units."""
+
+    labels: "dict[str, Tensor]"
+    logits: "dict[str, Tensor]"
+    processor: "TabularProcessor"
+
+
+def answer(trained: Trained, rows: Any, batch_size: int) -> Answers:
+    """Logits of every task, each from the model that answers it."""
+    from ..data.tensors import TensorTable
+    from ..training.evaluation import gather_logits
+
+    labels: dict[str, Tensor] = {}
+    logits: dict[str, Tensor] = {}
+    for folder in trained.folders.values():
+        model, processor = load_trained(folder)
+        table = TensorTable(processor(rows))
+        labels |= table.tensors["labels"]
+        logits |= gather_logits(model, table, batch_size)
+    return Answers(labels, logits, processor)
+
+
+def statistics(task: "Task", answers: list[Answers]) -> tuple[Statistic, int] | None:
+    """The primary metric of a task as a function of row counts, one value per seed, and how many rows count.
+
+    None for multi-label tasks, whose metric is no mean over rows and has no single curve.
+    """
+    import numpy as np
+
+    if task.kind == "multilabel":
+        return None
+    judged = [_judge(task, one) for one in answers]
+    labels_B, values_SB = judged[0][0], np.stack([values_B for _, values_B in judged])
+    if task.kind == "binary":
+        return auc_statistic(labels_B, values_SB), len(labels_B)
+    return mean_statistic(values_SB, root=task.kind == "regression"), len(labels_B)
+
+
+def _judge(task: "Task", answers: Answers) -> "tuple[np.ndarray, np.ndarray]":
+    """Labels and per-row values of the counted rows: scores for a curve, hits, or squared errors in original units."""
+    from ..training.metrics import counted_rows
+
+    counted_B = counted_rows(task, answers.labels)
+    logits_BC, labels_B = answers.logits[task.name][counted_B], answers.labels[task.name][counted_B]
+    if task.kind == "binary":
+        values = logits_BC.squeeze(1)  # not the probability: its rounding would make ties
+    elif task.kind == "multiclass":
+        values = (logits_BC.argmax(1) == labels_B).double()
+    else:
+        unscale = answers.processor.unscale
+        values = (unscale(task.name, task.predict(logits_BC)) - unscale(task.name, labels_B)).double() ** 2
+    return labels_B.numpy(), values.reshape(len(values), -1).mean(1).numpy()

@@ -1,0 +1,7 @@
+"""`python -m moe_mtl.cli`."""
+
+import sys
+
+from . import main
+
+sys.exit(main())

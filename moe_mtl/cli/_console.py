@@ -1,0 +1,88 @@
+"""Printing: aligned tables, JSON, and silence from the libraries below."""
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as aligned text under their keys: numbers to the right, missing values as `-`."""
+    if not rows:
+        return "(none)"
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(line[i]) for line in [columns, *cells]) for i in range(len(columns))]
+    right = [all(isinstance(row.get(column), (int, float, type(None))) for row in rows) for column in columns]
+
+    def aligned(line: Sequence[str]) -> str:
+        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True))
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([aligned(columns), aligned(["-" * width for width in widths]), *map(aligned, cells)])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4f}" if math.isfinite(value) else "-"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return str(value)
+
+
+def print_json(content: Any) -> None:
+    """JSON on stdout; what is not a number in JSON (NaN) becomes null."""
+    print(json.dumps(_plain(content), indent=2, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, type(None))) else str(value)
+
+
+def metric_rows(metrics: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """task -> metric -> value, as rows of a table."""
+    return [
+        {"task": task, **{name: float(value) for name, value in values.items()}} for task, values in metrics.items()
+    ]
+
+
+def say(text: str = "") -> None:
+    """What a person should know but a pipe should not get: on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No warnings and progress bars of transformers, datasets and huggingface_hub inside the block."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    levels = [(logging, logging.get_verbosity()) for logging in (transformers_logging, datasets.logging)]
+    bars = transformers_logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+    for logging, _ in levels:
+        logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for logging, level in levels:
+            logging.set_verbosity(level)
+        if bars[0]:
+            transformers_logging.enable_progress_bar()
+        if not bars[1]:
+            datasets.enable_progress_bars()

@@ -1,0 +1,45 @@
+"""Lists the models of the zoo, ready to load by name, and the model types that a recipe can train."""
+
+import argparse
+from typing import Any
+
+from ._arguments import Parser
+from ._console import print_json, table
+
+
+def configure(parser: Parser) -> None:
+    parser.add_json()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from ..hub import zoo
+
+    found = [_row(name, folder) for name, folder in zoo().items()]
+    types = _types()
+    if arguments.json:
+        print_json({"models": found, "types": types})
+        return
+    print(f"Models of the zoo, for from_pretrained and every command that takes a MODEL:\n\n{table(found)}\n")
+    print(f"Model types, for model.type of a recipe:\n\n{table(types)}")
+
+
+def _row(name: str, folder: Any) -> dict[str, Any]:
+    from ..hub import Checkpoint, read_config
+
+    config = read_config(folder)
+    tasks = [task["name"] for task in config.get("tasks") or []]
+    return {"name": name, "type": config["model_type"], "parameters": Checkpoint(folder).num_parameters, "tasks": tasks}
+
+
+def _types() -> list[dict[str, Any]]:
+    import sys
+
+    from ..models import REGISTRY
+
+    return [
+        {"type": name, "paper": _summary(sys.modules[cls.__module__].__doc__)} for name, cls in sorted(REGISTRY.items())
+    ]
+
+
+def _summary(text: str | None) -> str:
+    return (text or "").strip().partition("\n")[0].rstrip(".")

@@ -1,0 +1,58 @@
+"""Answers rows, streamed, in the units of the training data; of the model only what the tasks need is loaded.
+
+  moe-mtl predict runs/digits-mmoe rows.csv --output answers.parquet --keep id
+  moe-mtl predict runs/digits-mmoe rows.csv --task digit | head
+
+Columns: a binary task gives its probability, a regression its value, a multi-class task the most likely class and, as
+<task>/<class>, all probabilities. Metrics taken from the file are those of moe-mtl evaluate, to the last bit.
+"""
+
+import argparse
+import json
+import sys
+
+from ._arguments import Parser, UsageError, positive
+from ._console import quiet_libraries, say
+
+
+def configure(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder, zoo name or Hub id")
+    parser.add_argument("rows", metavar="ROWS", help="CSV, Parquet or JSON-lines file, or a folder of them")
+    parser.add_argument("--output", metavar="FILE", help=".csv, .parquet or .jsonl; by default JSON lines on stdout")
+    parser.add_argument("--task", nargs="+", action="extend", metavar="TASK", help="answer these only")
+    parser.add_argument("--keep", nargs="+", action="extend", default=[], metavar="COLUMN", help="carry these along")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="by default what evaluation used")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from ..hub import resolve
+    from ._saved import batch_size_of
+
+    if arguments.keep and not arguments.output:
+        raise UsageError("--keep writes columns into a file: it needs --output")
+    folder = resolve(arguments.model)
+    batch_size = arguments.batch_size or batch_size_of(folder)
+    with quiet_libraries():
+        if arguments.output is None:
+            _to_stdout(folder, arguments.rows, arguments.task, batch_size)
+            return
+        from ..training.predict import predict_file
+
+        done = predict_file(folder, arguments.rows, arguments.output, arguments.task, arguments.keep, batch_size)
+    say(
+        f"wrote {done.path}: {done.rows:,} rows, columns {', '.join(done.columns[:8])}{', ...' * (len(done.columns) > 8)}"
+    )
+
+
+def _to_stdout(folder: object, rows: str, tasks: list[str] | None, batch_size: int) -> None:
+    from ..data import TabularProcessor, open_source
+    from ..models import AutoModelForMultiTask
+    from ..training.predict import predict
+
+    source = open_source(rows)
+    processor = TabularProcessor.from_pretrained(folder)
+    model = AutoModelForMultiTask.from_pretrained(folder, tasks=tasks)
+    for chunk in predict(model, processor, source, batch_size, tasks):
+        columns = [values.tolist() for values in chunk.values()]
+        for row in zip(*columns, strict=True):
+            sys.stdout.write(json.dumps(dict(zip(chunk, row, strict=True)), ensure_ascii=False) + "\n")

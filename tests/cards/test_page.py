@@ -1,0 +1,99 @@
+import json
+
+import pytest
+import yaml
+
+from moe_mtl.cards import build_card, build_index, page
+from moe_mtl.cards.record import load_record
+from moe_mtl.tasks import Task
+
+
+def test_front_matter_is_what_the_hub_reads(card):
+    from huggingface_hub import ModelCardData
+    from huggingface_hub.repocard import metadata_load
+
+    metadata = metadata_load(card / "README.md")
+    assert metadata["license"] == "apache-2.0"
+    data = ModelCardData(**metadata)
+    found = {(r.dataset_type, r.metric_name, r.metric_type): r.metric_value for r in data.eval_results}
+    # The shipped seed is the second one: its values, not the mean over the seeds.
+    assert found == {
+        ("digits", "parity auc", "roc_auc"): 0.92,
+        ("digits", "parity log_loss", "log_loss"): 0.31,
+        ("digits", "digit accuracy", "accuracy"): 0.96,
+    }
+
+
+def test_tables(card):
+    text = (card / "README.md").read_text()
+    for line in (
+        "| **mmoe** | 10 | 1,000 | 0.9167 ± 0.0058 | 0.3100 ± 0.0100 | 0.9567 ± 0.0058 |",
+        "| single-task (one model per task) | 10 | 1,000 | 0.9100 ± 0.0100 | 0.3100 ± 0.0100 | 0.9600 ± 0.0100 |",
+        "| these weights (seed 1) |  |  | 0.9200 | 0.3100 | 0.9600 |",
+        "| single-task (one model per task), parity auc | +0.0100 | +0.0050 to +0.0200 | better |",
+        "| shared-bottom, digit accuracy | +0.0100 | -0.0050 to +0.0200 | no difference shown |",
+        "| parity | 6 | 60% | 600 | 60% |",
+        "moe-mtl cards make recipes/digits/mmoe.yaml",
+    ):
+        assert line in text.split("\n"), line
+    assert 'from_pretrained("mmoe-digits", tasks=' in text
+
+
+@pytest.mark.parametrize(
+    ("metric", "low", "high", "expected"),
+    [
+        ("auc", 0.1, 0.2, "better"),
+        ("auc", -0.2, -0.1, "worse"),
+        ("auc", -0.1, 0.1, "no difference shown"),
+        ("rmse", 0.1, 0.2, "worse"),
+        ("log_loss", -0.2, -0.1, "better"),
+    ],
+)
+def test_verdict(metric, low, high, expected):
+    assert page.verdict({"metric": metric, "ci_low": low, "ci_high": high}) == expected
+
+
+def test_prose_survives_and_numbers_follow_the_record(card):
+    text = (card / "README.md").read_text().replace("Say in two sentences", "It tells odd from even.")
+    (card / "README.md").write_text(text)
+    record = load_record(card)
+    record["wall_s"] = 99
+    (card / "results.json").write_text(json.dumps(record))
+    build_card(card)
+    after = (card / "README.md").read_text()
+    assert "It tells odd from even." in after
+    assert "Made in 99 s" in after
+    assert "Made in 12 s" not in after
+    build_card(card)
+    assert (card / "README.md").read_text() == after
+
+
+def test_external_rows(card):
+    record = load_record(card)
+    record["external"] = [{"model": "lightgbm", "source": "python peers.py", "metrics": {"parity": {"auc": 0.99}}}]
+    assert "| lightgbm | 0.9900 | `python peers.py` |" in page.results(record)
+
+
+@pytest.mark.parametrize("text", ["none", "{0}", "{1}{0}", "{0}{1}{0}{1}"])
+def test_pages_without_one_block_are_refused(text):
+    with pytest.raises(ValueError, match="expected one block"):
+        page.replace_block(text.format(*page.RESULTS), page.RESULTS, "x")
+
+
+def test_the_zoo_table_links_from_where_it_stands(card):
+    line = "0.9167 ± 0.0058, digit accuracy 0.9567 ± 0.0058 | 2 better |"
+    for where, link in (
+        (card.parent, "[mmoe-digits](mmoe-digits/README.md)"),
+        (card.parents[1], "(model_cards/mmoe-digits/"),
+    ):
+        text = (where / "README.md").read_text()
+        assert link in text
+        assert line in text
+    assert build_index() == [card.parent / "README.md", card.parents[1] / "README.md"]
+
+
+def test_regression_cards_say_so(card):
+    config = {"tasks": [Task("price", "regression").to_dict()]}
+    record = load_record(card)
+    record["rows"][0]["metrics"] = {"price": {"rmse": record["rows"][0]["metrics"]["parity"]["auc"]}}
+    assert yaml.safe_load(page.front_matter(record, config))["pipeline_tag"] == "tabular-regression"
