@@ -40,7 +40,8 @@ class CategoryCounts:
     def vocabulary(self, min_count: int, max_categories: int | None) -> list[str]:
         """Values seen at least `min_count` times, the most frequent first; ties by text."""
         kept = [text for text, count in self.counts.items() if count >= min_count]
-        kept.sort(key=lambda text: (-self.counts[text], text))
+        kept.sort()
+        kept.sort(key=self.counts.__getitem__, reverse=True)  # stable: ties stay sorted by text
         return kept[:max_categories]
 
 

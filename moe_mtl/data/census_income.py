@@ -20,6 +20,7 @@ import urllib.request
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -49,7 +50,7 @@ COLLEGE = (
     "Prof school degree (MD DDS DVM LLB JD)",
     "Doctorate degree(PhD EdD)",
 )
-LABELS = {
+LABELS: dict[str, dict[str, Any]] = {
     "income": {"column": "income_50k", "positive": "50000+.", "negative": "- 50000."},
     "never_married": {"column": "marital_stat", "positive": "Never married"},
     "education": {"column": "education", "positive": list(COLLEGE)},
@@ -101,7 +102,7 @@ def load(options: Options) -> DataSplits:
         name, parts, digest = _both(path)
     else:
         name, parts, digest = _one(path, Path(options.cache).expanduser())
-    removed = {str(LABELS[task]["column"]) for task in options.tasks} | {
+    removed = {LABELS[task]["column"] for task in options.tasks} | {
         "instance_weight",
         "income_50k",
         *options.exclude,

@@ -318,7 +318,7 @@ class TabularProcessor:
             if not isinstance(feature, dict) or not isinstance(feature.get("name"), str):
                 raise DataError(f"{FILE}: expected a feature with a name, found {feature!r:.80}")
             check_choice(feature.get("kind"), COLUMNS, f"{FILE}: feature {feature['name']!r}: kind")
-            columns.append(COLUMNS[feature["kind"]].from_dict(feature))  # type: ignore[attr-defined]
+            columns.append(COLUMNS[feature["kind"]].from_dict(feature))
         labels = [Label.from_dict(label) for label in fields["labels"]]
         tasks = parse_tasks(fields["tasks"])
         by_task = {label.task: label for label in labels}
@@ -337,7 +337,12 @@ class TabularProcessor:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool | None = False
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool | None = False,
+        _from_auto: bool = False,
     ) -> "TabularProcessor":
         """Loads what `save_pretrained` wrote.
 

@@ -9,7 +9,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -331,8 +331,7 @@ def _explained(path: Path, tables: Iterator[Any]) -> Iterator[Any]:
 
 def _json_tables(path: Path, columns: list[str] | None) -> Iterator[pa.Table]:
     """JSON lines by blocks of whole lines. Each block has its own types; the encoders take them as they come."""
-    opener: Callable[..., IO[bytes]] = gzip.open if path.suffix.lower() == ".gz" else open
-    with opener(path, "rb") as file:
+    with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
         while lines := file.readlines(BLOCK_BYTES):
             block = b"".join(lines)
             if block.strip():

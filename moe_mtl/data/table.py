@@ -121,7 +121,7 @@ def _split_fields(tasks: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, An
     return fields, labels
 
 
-def _parts(source: FileSource, options: Options) -> dict[str, Source]:
+def _parts(source: FileSource, options: Options) -> Mapping[str, Source]:
     given = (options.validation_path, options.test_path)
     if (given[0] is None) != (given[1] is None):
         raise DataError("table: expected both validation_path and test_path, found one of them")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
 
 from moe_mtl.data import DataError, TabularProcessor, sources
 from moe_mtl.tasks import Task
@@ -117,7 +118,7 @@ def test_every_source_teaches_and_encodes_the_same(kind, tmp_path):
     assert_same(processor(source), processor(table))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 120), batch=st.integers(1, 130))
 def test_cutting_the_rows_changes_nothing(seed, rows, batch):
     processor = fit(frame())
@@ -162,6 +163,18 @@ def test_saving_and_loading_gives_an_equal_processor(tmp_path):
     assert loaded.features == processor.features
     assert loaded.parsed_tasks == processor.parsed_tasks
     assert os.listdir(tmp_path / "model") == ["preprocessor_config.json"]
+
+
+def test_transformers_finds_it_once_registered(tmp_path):
+    class Config(PreTrainedConfig):
+        model_type = "config_of_the_processor_test"
+
+    AutoConfig.register(Config.model_type, Config)
+    AutoProcessor.register(Config, TabularProcessor)
+    processor = fit(frame())
+    processor.save_pretrained(tmp_path)
+    Config().save_pretrained(tmp_path)
+    assert AutoProcessor.from_pretrained(tmp_path) == processor
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
