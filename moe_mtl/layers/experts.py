@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+# Each is applied to the fresh output of a linear layer, which no gradient reads: ReLU and tanh, whose gradient needs
+# their result alone, overwrite it. A second buffer of that size costs more than the activation.
+ACTIVATIONS = {"relu": torch.relu_, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh_}
 
 
 class ExpertBank(nn.Module):
@@ -63,12 +65,13 @@ class ExpertBank(nn.Module):
 
     def forward(self, x_BD: Tensor) -> Tensor:
         """`[B, D] -> [E, B, H]` (a view; its memory may be laid out `[B, E, H]`)."""
-        hidden = F.linear(x_BD, self.weights[0].flatten(0, 1), self.biases[0].flatten())
-        hidden = hidden.view(len(x_BD), self.num_experts, self.dims[0]).transpose(0, 1)
         last = len(self.dims) - 1
-        for layer in range(last + 1):
-            if layer > 0:
-                hidden = torch.baddbmm(self.biases[layer].unsqueeze(1), hidden, self.weights[layer].transpose(1, 2))
+        for layer, (weight_EOI, bias_EO) in enumerate(zip(self.weights, self.biases, strict=True)):
+            if layer == 0:
+                hidden = F.linear(x_BD, weight_EOI.flatten(0, 1), bias_EO.flatten())
+                hidden = hidden.view(-1, self.num_experts, self.dims[0]).transpose(0, 1)
+            else:
+                hidden = torch.baddbmm(bias_EO.unsqueeze(1), hidden, weight_EOI.transpose(1, 2))
             if layer == last and self.norm is not None:
                 flat = hidden.transpose(0, 1).reshape(len(x_BD), -1)
                 hidden = self.norm(flat).view(len(x_BD), self.num_experts, -1).transpose(0, 1)

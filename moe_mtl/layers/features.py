@@ -3,6 +3,7 @@
 Shapes: `B` rows, `F` columns of one kind, `L` items of a multi-hot or sequence cell, `D` output width.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -96,6 +97,8 @@ class FeatureEncoder(nn.Module):
         numeric_BF: Tensor | None = None,
         categorical_BF: Tensor | None = None,
         sequences_BFL: Tensor | None = None,
+        *,
+        checked: bool = False,
     ) -> Tensor:
         """Columns of each kind -> `[B, D]`.
 
@@ -103,12 +106,14 @@ class FeatureEncoder(nn.Module):
             numeric_BF: float `[B, F]`, finite.
             categorical_BF: int64 `[B, F]`, each id in `[0, num_categories)`.
             sequences_BFL: int64 `[B, F, L]`, padded with -1 anywhere; an empty cell pools to 0.
+            checked: the inputs went through `check` before.
 
         Raises:
             ValueError: a missing or superfluous input, a wrong shape or dtype, an id out of range, NaN or infinity;
                 the message names the column.
         """
-        self._check(numeric_BF, categorical_BF, sequences_BFL)
+        if not checked:
+            self.check(numeric_BF, categorical_BF, sequences_BFL)
         parts: list[Tensor] = []
         if categorical_BF is not None:
             ids_BF = categorical_BF + self.categorical_offsets
@@ -125,6 +130,8 @@ class FeatureEncoder(nn.Module):
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     def _pool(self, ids_BFL: Tensor) -> Tensor:
+        if ids_BFL.shape[-1] == 0:  # no cell of the batch holds anything
+            ids_BFL = F.pad(ids_BFL, (0, 1), value=-1)
         present_BFL = ids_BFL >= 0
         shifted_BFL = ids_BFL.clamp_min(0) + self.bag_offsets.unsqueeze(-1)
         items_BFLD = F.embedding(shifted_BFL, self.embedding.weight)
@@ -142,7 +149,8 @@ class FeatureEncoder(nn.Module):
             out.append(pooled_BD)
         return torch.cat(out, dim=1)
 
-    def _check(self, numeric: Tensor | None, categorical: Tensor | None, sequences: Tensor | None) -> None:
+    def check(self, numeric: Tensor | None, categorical: Tensor | None, sequences: Tensor | None) -> None:
+        """Raises ValueError for inputs that do not fit; `forward` lists what."""
         inputs = (
             ("numeric", numeric, self.numeric_names, 2, (torch.float32, torch.float64, torch.bfloat16, torch.float16)),
             ("categorical", categorical, self.categorical_names, 2, (torch.int64, torch.int32)),
@@ -170,8 +178,8 @@ class FeatureEncoder(nn.Module):
             rows = len(value)
         if torch.compiler.is_compiling():
             return
-        # A sum is finite only if its terms are (or overflow, which the slow look then clears): one pass, no mask.
-        if numeric is not None and not bool(torch.isfinite(numeric.sum())) and not bool(torch.isfinite(numeric).all()):
+        # A sum is finite only if its terms are; where it overflows, the slow look clears them. One pass, no mask.
+        if numeric is not None and not math.isfinite(numeric.sum()) and not bool(torch.isfinite(numeric).all()):
             row, column = (~torch.isfinite(numeric)).nonzero()[0].tolist()
             found = numeric[row, column].item()
             raise ValueError(

@@ -147,6 +147,11 @@ class MultiTaskModel(PreTrainedModel):
                 owned[owner].append(parameter)
         return owned
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """For code outside of transformers, upstream takes a module whose parameters are all in its children for loaded
+        and leaves them as they lie in memory. `_init_weights` only uses functions that spare what was loaded."""
+        super()._initialize_weights(module)
+
     def set_training_step(self, step: int) -> None:
         """Tells schedules inside the model how many optimiser steps were done; the trainer calls it."""
 
@@ -204,10 +209,11 @@ class MultiTaskModel(PreTrainedModel):
         if ignore_mismatched_sizes:
             return super().from_pretrained(folder, *model_args, config=config, ignore_mismatched_sizes=True, **kwargs)
         full = cls._on_meta(config)
+        names = full.state_dict()
+        checkpoint.check({name: tuple(tensor.shape) for name, tensor in names.items()})
         if tasks is not None:
             config = config.for_tasks(check_task_names(tasks, config.task_names), checkpoint.read)
-        checkpoint.check({name: tuple(tensor.shape) for name, tensor in full.state_dict().items()})
-        names = cls._on_meta(config).state_dict()
+            names = cls._on_meta(config).state_dict()
         state = {name: checkpoint.read(name, full.rows_kept(config, name)) for name in names}
         with _no_progress_bar():
             return super().from_pretrained(None, *model_args, config=config, state_dict=state, **kwargs)

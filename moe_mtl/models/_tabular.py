@@ -24,6 +24,8 @@ from ._base import MultiTaskConfig, MultiTaskModel
 
 MAX_WIDTH = 65_536
 MAX_COUNT = 4_096
+# Without gradients a large batch goes through in pieces whose hidden activations stay in the cache.
+ROWS_AT_ONCE = 1_024
 _FEATURE_KEYS = {
     "numeric": {"name", "kind", "bins"},
     "categorical": {"name", "kind", "num_categories"},
@@ -175,6 +177,7 @@ class TabularModel(MultiTaskModel):
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.trunk = self.build_trunk(self.encoder.output_dim)
         self._parsed_tasks = config.parsed_tasks
+        self._task_names, self._tower_names = config.task_names, config.tower_tasks
         self.towers = nn.ModuleDict(
             {
                 task.name: MLP(
@@ -235,26 +238,41 @@ class TabularModel(MultiTaskModel):
             UnknownTaskError: a task that the model does not have, in `tasks`, `labels` or `sample_weights`.
             ValueError: inputs that do not fit, naming the column.
         """
-        wanted = check_task_names(tasks, self.tasks)
+        names = self._task_names
+        wanted = names if tasks is None else check_task_names(tasks, names)
         for what, given in (("labels", labels), ("sample_weights", sample_weights)):
             if given is None:
                 continue
             if not isinstance(given, Mapping):
                 raise ValueError(f"{what}: expected a mapping from task to tensor, found {type(given).__name__}")
-            if unknown := [name for name in given if name not in self.tasks]:
-                raise UnknownTaskError(unknown, self.tasks)
+            if unknown := [name for name in given if name not in names]:
+                raise UnknownTaskError(unknown, names)
         computed = [task for task in self._parsed_tasks if task.name in wanted]
         factors = {factor for task in computed for factor in task.product_of or ()}
-        towers = [name for name in self.towers if name in factors or name in wanted]
+        towers = [name for name in self._tower_names if name in wanted or name in factors]
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
 
-        x_BD = self.embedding_dropout(self.encoder(numeric, categorical, sequences))
-        trunk = self.trunk(x_BD, towers, output_routing)
-        logits = {name: self.towers[name](trunk.states[name]) for name in towers}
+        self.encoder.check(numeric, categorical, sequences)
+        inputs = (numeric, categorical, sequences)
+        rows = len(next(columns for columns in inputs if columns is not None))
+        keeps_all = torch.is_grad_enabled() or self.training or output_routing or output_hidden_states
+        if rows <= ROWS_AT_ONCE or keeps_all or torch.compiler.is_compiling():
+            x_BD, trunk, logits = self._compute(inputs, towers, output_routing)
+            states = [trunk.states[name] for name in towers]
+        else:
+            x_BD, trunk, logits, states = None, TrunkOutput({}), {}, []
+            parts = []
+            for start in range(0, rows, ROWS_AT_ONCE):
+                chunk = tuple(None if x is None else x[start : start + ROWS_AT_ONCE] for x in inputs)
+                parts.append(self._compute(chunk, towers, False))
+            logits = {name: torch.cat([part[2][name] for part in parts]) for name in towers}
+            states = [torch.cat([part[1].states[name] for part in parts]) for name in towers]
         for task in computed:
             if task.product_of is not None:
                 logits[task.name] = product_logit([logits[factor] for factor in task.product_of])
         logits = {name: logits[name] for name in wanted}
-        last_BTH = torch.stack([trunk.states[name] for name in towers], dim=1)
+        last_BTH = torch.stack(states, dim=1)
 
         loss, losses = None, None
         if labels is not None:
@@ -267,9 +285,6 @@ class TabularModel(MultiTaskModel):
                 if parts
                 else None
             )
-        hidden_states = None
-        if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
-            hidden_states = (x_BD, *trunk.hidden, last_BTH)
         output = MultiTaskOutput(
             loss=loss,
             last_hidden_state=last_BTH,
@@ -277,10 +292,20 @@ class TabularModel(MultiTaskModel):
             task_losses=losses,
             auxiliary_loss=trunk.auxiliary,
             routing=trunk.routing if output_routing else None,
-            hidden_states=hidden_states,
+            hidden_states=(x_BD, *trunk.hidden, last_BTH) if output_hidden_states else None,
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
+
+    def _compute(
+        self, inputs: tuple[Tensor | None, ...], towers: Sequence[str], record: bool
+    ) -> tuple[Tensor, TrunkOutput, dict[str, Tensor]]:
+        """Encoded rows, trunk and towers' logits, for checked inputs."""
+        x_BD = self.encoder(*inputs, checked=True)
+        if self.training:
+            x_BD = self.embedding_dropout(x_BD)
+        trunk = self.trunk(x_BD, towers, record)
+        return x_BD, trunk, {name: self.towers[name](trunk.states[name]) for name in towers}
 
     def _task_losses(
         self, logits: Mapping[str, Tensor], labels: Mapping[str, Tensor], weights: Mapping[str, Tensor]
