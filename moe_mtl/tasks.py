@@ -60,13 +60,19 @@ def _one_column(values_BC: Tensor) -> Tensor:
     return values_BC.squeeze(-1) if values_BC.shape[-1] == 1 else values_BC
 
 
+def _sigmoid(logits: Tensor) -> Tensor:
+    """In float64, then rounded: float32's vector and scalar code differ in the last bit, so that an answer would
+    depend on where in its batch a row stands."""
+    return torch.sigmoid(logits.double()).to(logits.dtype)
+
+
 KINDS: dict[str, Kind] = {
     "binary": Kind(
         label_dtype=torch.float32,
         loss=lambda logits_BC, labels_B: F.binary_cross_entropy_with_logits(
             logits_BC.squeeze(-1), labels_B, reduction="none"
         ),
-        predict=lambda logits_BC: torch.sigmoid(logits_BC.squeeze(-1)),
+        predict=lambda logits_BC: _sigmoid(logits_BC.squeeze(-1)),
         metrics=("auc", "log_loss"),
         allowed_metrics=("auc", "group_auc", "log_loss", "accuracy", "f1"),
     ),
@@ -82,7 +88,7 @@ KINDS: dict[str, Kind] = {
         loss=lambda logits_BC, labels_BC: F.binary_cross_entropy_with_logits(
             logits_BC, labels_BC, reduction="none"
         ).mean(-1),
-        predict=torch.sigmoid,
+        predict=_sigmoid,
         metrics=("auc", "log_loss"),
         allowed_metrics=("auc", "log_loss", "accuracy", "f1"),
     ),

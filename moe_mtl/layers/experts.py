@@ -65,20 +65,23 @@ class ExpertBank(nn.Module):
 
     def forward(self, x_BD: Tensor) -> Tensor:
         """`[B, D] -> [E, B, H]` (a view; its memory may be laid out `[B, E, H]`)."""
-        last = len(self.dims) - 1
-        for layer, (weight_EOI, bias_EO) in enumerate(zip(self.weights, self.biases, strict=True)):
-            if layer == 0:
-                hidden = F.linear(x_BD, weight_EOI.flatten(0, 1), bias_EO.flatten())
-                hidden = hidden.view(-1, self.num_experts, self.dims[0]).transpose(0, 1)
-            else:
-                hidden = torch.baddbmm(bias_EO.unsqueeze(1), hidden, weight_EOI.transpose(1, 2))
-            if layer == last and self.norm is not None:
-                flat = hidden.transpose(0, 1).reshape(len(x_BD), -1)
-                hidden = self.norm(flat).view(len(x_BD), self.num_experts, -1).transpose(0, 1)
-            hidden = self.activation(hidden)
-            if self.dropout and self.training:
-                hidden = F.dropout(hidden, self.dropout)
-        return hidden
+        (weight_EOI, *weights), (bias_EO, *biases) = self.weights, self.biases
+        hidden = F.linear(x_BD, weight_EOI.flatten(0, 1), bias_EO.flatten())
+        if self.norm is not None and not weights:
+            hidden = self.norm(hidden)
+        # Activated before it becomes a view: overwriting a view would make autograd copy the whole of it.
+        hidden_EBO = self._activate(hidden).view(-1, self.num_experts, self.dims[0]).transpose(0, 1)
+        for layer, (weight_EOI, bias_EO) in enumerate(zip(weights, biases, strict=True), start=1):
+            hidden_EBO = torch.baddbmm(bias_EO.unsqueeze(1), hidden_EBO, weight_EOI.transpose(1, 2))
+            if self.norm is not None and layer == len(weights):
+                normed = self.norm(hidden_EBO.transpose(0, 1).flatten(1))
+                hidden_EBO = normed.view(-1, self.num_experts, self.output_dim).transpose(0, 1)
+            hidden_EBO = self._activate(hidden_EBO)
+        return hidden_EBO
+
+    def _activate(self, hidden: Tensor) -> Tensor:
+        hidden = self.activation(hidden)
+        return F.dropout(hidden, self.dropout) if self.dropout and self.training else hidden
 
     @torch.no_grad()
     def fold_batch_norm(self) -> None:

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import rtdl_num_embeddings as rtdl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,7 +73,7 @@ class FeatureEncoder(nn.Module):
             embedded = list(range(len(bins)))
         self.embedded_columns = embedded
         self.plain_columns = [i for i in range(len(bins)) if i not in set(embedded)]
-        self.numeric = None
+        self.numeric, self.numeric_embedding = None, numeric_embedding
         self._bins = [bins[i] for i in embedded]
         if embedded:
             self.numeric = _numeric_embedding(numeric_embedding, self._bins, numeric_embedding_dim)
@@ -82,15 +81,22 @@ class FeatureEncoder(nn.Module):
         if self.output_dim == 0:
             raise ValueError("features: expected at least one column, found none")
 
-    def init_buffers(self) -> None:
-        """Refills what is derived from the config: a model built on the meta device holds garbage there."""
+    def reset_parameters(self) -> None:
+        """Starts the numeric embedding anew, and refills what is derived from the config: a model built on the meta
+        device holds garbage there. The embedding table is the model's to start."""
         for name, values in self._constants.items():
             init.copy_(self.get_buffer(name), torch.tensor(values, dtype=torch.int64))
-        if isinstance(self.numeric, rtdl.PiecewiseLinearEmbeddings):
-            with torch.device("cpu"):
-                encoding = rtdl.PiecewiseLinearEncoding(_edges(self._bins)).impl
-            for name, buffer in encoding.named_buffers():
-                init.copy_(self.numeric.impl.get_buffer(name), buffer)
+        if self.numeric is None:
+            return
+        if self.numeric_embedding == "periodic":
+            self.numeric.periodic.reset_parameters()
+            self.numeric.linear.reset_parameters()
+            return
+        self.numeric.linear0.reset_parameters()
+        init.zeros_(self.numeric.linear.weight)  # starts linear, learns the bends
+        fresh = _numeric_embedding(self.numeric_embedding, self._bins, 1)
+        for name, buffer in fresh.impl.named_buffers():
+            init.copy_(self.numeric.impl.get_buffer(name), buffer)
 
     def forward(
         self,
@@ -171,15 +177,19 @@ class FeatureEncoder(nn.Module):
                 )
             if value.dtype not in dtypes:
                 raise ValueError(f"input `{name}`: expected {' or '.join(map(str, dtypes))}, found {value.dtype}")
-            if len(value) == 0:
+            if value.shape[0] == 0:  # not len(): an exported program would be tied to the example's rows
                 raise ValueError(f"input `{name}`: the batch is empty (0 rows)")
-            if rows is not None and len(value) != rows:
-                raise ValueError(f"input `{name}`: expected {rows} rows like the other inputs, found {len(value)}")
-            rows = len(value)
+            if rows is not None and value.shape[0] != rows:
+                raise ValueError(f"input `{name}`: expected {rows} rows like the other inputs, found {value.shape[0]}")
+            rows = value.shape[0]
         if torch.compiler.is_compiling():
             return
         # A sum is finite only if its terms are; where it overflows, the slow look clears them. One pass, no mask.
-        if numeric is not None and not math.isfinite(numeric.sum()) and not bool(torch.isfinite(numeric).all()):
+        if (
+            numeric is not None
+            and not math.isfinite(numeric.detach().sum())
+            and not bool(torch.isfinite(numeric).all())
+        ):
             row, column = (~torch.isfinite(numeric)).nonzero()[0].tolist()
             found = numeric[row, column].item()
             raise ValueError(
@@ -203,7 +213,9 @@ class FeatureEncoder(nn.Module):
 
 
 def _numeric_embedding(kind: str, bins: Sequence[Sequence[float]], dim: int) -> nn.Module:
-    # Built on the CPU whatever the default device: the encoding's constants are computed from the bins here.
+    import rtdl_num_embeddings as rtdl  # brings scikit-learn along, which takes a second
+
+    # On the CPU whatever the default device: the encoding's constants are computed from the bins here.
     with torch.device("cpu"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a column with a single bin is legal
         if kind == "periodic":

@@ -127,7 +127,7 @@ class DSelectKGate(nn.Module):
         """`[B, D] -> ` weights `[B, E]`, at most `k` of them not 0 once saturated, and the regulariser in training."""
         selectors_BSE, mixture_BS = self.selectors(x_BD)
         weights_BE = torch.einsum("bs,bse->be", mixture_BS, selectors_BSE)
-        weights_BE = weights_BE.to(x_BD.dtype).expand(len(x_BD), -1)
+        weights_BE = weights_BE.to(x_BD.dtype).expand(x_BD.shape[0], -1)
         return weights_BE, self._regulariser(selectors_BSE) if self.training else None
 
     def _regulariser(self, selectors_BSE: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
-from rtdl_num_embeddings import LinearEmbeddings, PeriodicEmbeddings, PiecewiseLinearEmbeddings
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -195,21 +194,14 @@ class TabularModel(MultiTaskModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, FeatureEncoder):
-            module.init_buffers()
         elif isinstance(module, nn.BatchNorm1d):
             init.ones_(module.weight)
             init.zeros_(module.bias)
             init.zeros_(module.running_mean)
             init.ones_(module.running_var)
             init.zeros_(module.num_batches_tracked)
-        elif isinstance(module, PiecewiseLinearEmbeddings):
-            init.zeros_(module.linear.weight)  # version B: starts linear, learns the bends
-        elif isinstance(module, (nn.Linear, ExpertBank, DSelectKGate, FeatureGate, LinearEmbeddings)):
+        elif isinstance(module, (nn.Linear, FeatureEncoder, ExpertBank, DSelectKGate, FeatureGate)):
             module.reset_parameters()
-        elif isinstance(module, PeriodicEmbeddings):
-            module.periodic.reset_parameters()
-            module.linear.reset_parameters()
 
     def forward(
         self,
@@ -255,9 +247,9 @@ class TabularModel(MultiTaskModel):
 
         self.encoder.check(numeric, categorical, sequences)
         inputs = (numeric, categorical, sequences)
-        rows = len(next(columns for columns in inputs if columns is not None))
+        rows = next(columns for columns in inputs if columns is not None).shape[0]
         keeps_all = torch.is_grad_enabled() or self.training or output_routing or output_hidden_states
-        if rows <= ROWS_AT_ONCE or keeps_all or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or keeps_all or rows <= ROWS_AT_ONCE:
             x_BD, trunk, logits = self._compute(inputs, towers, output_routing)
             states = [trunk.states[name] for name in towers]
         else:

@@ -11,6 +11,7 @@ Shapes: `B` rows, `D` width of the encoded row, `E` experts, `H` expert output w
 from collections.abc import Sequence
 from dataclasses import field
 
+import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
@@ -115,14 +116,20 @@ class MMoETrunk(nn.Module):
     def forward(self, x_BD: Tensor, tasks: Sequence[str], record: bool) -> TrunkOutput:
         hidden_EBH = self.experts(x_BD)
         gate_of = {task: task if task in self.gates else SHARED for task in tasks}
-        weights, mixed, auxiliary = {}, {}, None
+        weights, auxiliary = {}, None
         for gate in dict.fromkeys(gate_of.values()):
             weights_BE, loss = self.gates[gate](x_BD)
             if self.kept is not None:
                 weights_BE = weights_BE[:, self.kept]
-            weights[gate], mixed[gate] = weights_BE, mix(weights_BE, [hidden_EBH])
+            weights[gate] = weights_BE
             if loss is not None:
                 auxiliary = loss if auxiliary is None else auxiliary + loss
+        if self.training:
+            mixed_BTH = torch.bmm(torch.stack(list(weights.values()), dim=1), hidden_EBH.transpose(0, 1))
+            mixed = dict(zip(weights, mixed_BTH.unbind(1), strict=True))
+        else:
+            # One product for all tasks is faster, but a task's last bits would depend on which others are asked.
+            mixed = {gate: mix(weights_BE, [hidden_EBH]) for gate, weights_BE in weights.items()}
         routing = ()
         if record:
             names = expert_names("experts", len(hidden_EBH))

@@ -60,7 +60,7 @@ def _from_saved(
     tasks = old + [task for task in fitted.parsed_tasks if task.name in added]
     labels = {task.name: saved.labels[task.name] if task in old else fitted.labels[task.name] for task in tasks}
     group = fitted.group_column or saved.group_column
-    processor = TabularProcessor(saved.columns, tasks, labels, group, saved.extra_columns, saved.missing_values)
+    processor = TabularProcessor(saved.columns, tasks, labels, group, saved.known_columns, saved.missing_values)
     config = {
         key: value
         for key, value in model.config.to_diff_dict().items()
@@ -120,13 +120,13 @@ def _chosen(names: list[str] | None, known: list[str], where: str) -> list[str]:
 
 
 def _with_tasks(processor: TabularProcessor, names: list[str]) -> TabularProcessor:
-    """The processor with some of its tasks. Its columns were fitted beside all labels: none of them becomes a feature."""
+    """The processor with some of its tasks. Its columns were fitted beside all labels: no label becomes one."""
     if names == list(processor.labels):
         return processor
     tasks = [task for task in processor.parsed_tasks if task.name in names]
     labels = {name: processor.labels[name] for name in names}
     return TabularProcessor(
-        processor.columns, tasks, labels, processor.group_column, processor.extra_columns, processor.missing_values
+        processor.columns, tasks, labels, processor.group_column, processor.known_columns, processor.missing_values
     )
 
 
