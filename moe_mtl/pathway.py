@@ -165,7 +165,7 @@ class _Counter(TorchDispatchMode):
         self.places: dict[int, list[tuple[int, int, str]]] = {}
         self.sizes: dict[str, int] = {}
         for name, parameter in model.named_parameters():
-            start = parameter.storage_offset()
+            start = int(parameter.storage_offset())
             place = (start, start + parameter.numel(), name)
             self.places.setdefault(parameter.untyped_storage()._cdata, []).append(place)
             self.sizes[name] = parameter.numel()
@@ -193,7 +193,7 @@ class _Counter(TorchDispatchMode):
         return out
 
     def _parameter(self, tensor: Tensor) -> str | None:
-        offset = tensor.storage_offset()
+        offset = int(tensor.storage_offset())
         for start, end, name in self.places.get(tensor.untyped_storage()._cdata, ()):
             if start <= offset < end:
                 return name

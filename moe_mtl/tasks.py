@@ -4,6 +4,7 @@ Shapes: `B` rows of a batch, `C` outputs of a task.
 """
 
 import dataclasses
+import keyword
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -105,8 +106,9 @@ KINDS: dict[str, Kind] = {
 def _check_name(what: str, name: Any) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", name):
         raise ValueError(f"{what} must be letters, digits and '_' (at most 100), found {name!r}")
-    if name in _TAKEN:
-        raise ValueError(f"{what} {name!r} is taken: torch.nn.ModuleDict has an attribute of that name")
+    if name in _TAKEN or keyword.iskeyword(name):
+        why = "a Python keyword" if keyword.iskeyword(name) else "an attribute of torch.nn.ModuleDict"
+        raise ValueError(f"{what} {name!r} is taken: it is {why}; choose another, the column can keep its name")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..files import CheckpointError, ModelNotFoundError, UnsafeFileError
 from ..hub import CONFIG, MANIFEST, PICKLES, WEIGHTS, Checkpoint, file_sha256, read_config, zoo, zoo_folder
-from .page import PAGE, RESULTS, ZOO, index_pages, render, replace_block
+from .page import PAGE, PROMPT, RESULTS, ZOO, index_pages, render, replace_block
 from .record import RECORD, RESOLVED, load_record, this_row
 
 MAX_BYTES = 2_000_000
@@ -134,6 +134,7 @@ def _check_recipe(folder: Path, record: dict[str, Any]) -> list[str]:
 def _check_page(folder: Path) -> list[str]:
     page = (folder / PAGE).read_text(encoding="utf-8")
     problems = [f"{PAGE}, {found}: a number without a record" for found in decimals_in_prose(page)]
+    problems += [f"{PAGE}: prose is missing at {prompt}" for prompt in re.findall(f"{re.escape(PROMPT)}.*", page)]
     if render(folder, page) != page:
         problems.append(f"{PAGE} is not what {RECORD} gives; run moe-mtl cards build")
     return problems

@@ -16,7 +16,7 @@ from ..hub import CONFIG, WEIGHTS, Checkpoint, file_sha256, write_manifest, zoo_
 from ..training.recipe import load_recipe
 from .bootstrap import paired_bootstrap
 from .page import PAGE, build_index, prose_of, render
-from .record import LOWER_IS_BETTER, RECORD, RESOLVED, measure, record_problems
+from .record import LOWER_IS_BETTER, RECORD, RESOLVED, load_record, measure, record_problems
 from .variants import Trained, answer, canonical, cost, load_trained, measured_tasks, statistics, train, variants
 
 RESAMPLES, CONFIDENCE = 1000, 0.95
@@ -44,7 +44,8 @@ def make(
         data_path: where the rows are, for data sets that are read from a path.
         runs: folder that keeps the trained models, so that a second card, or a second try, does not train them again.
         budget: `ci` if the record is small enough to be repeated at every change, else `nightly`.
-        external: other libraries on the same split: `{"model", "source": command, "metrics": {task: {metric: value}}}`.
+        external: other libraries on the same split: `{"model", "source": command, "metrics": {task: {metric: value}}}`;
+            by default those of the record that is replaced, if its data are the same.
         echo: gets a line for each model trained.
 
     Raises:
@@ -95,7 +96,7 @@ def make(
         "command": command,
         "recipe": name,
         "recipe_sha256": rows[0]["recipe_sha256"],
-        "data": {key: splits.info[key] for key in ("name", "sha256", "licence", "rows")},
+        "data": {k: splits.info[k] for k in ("name", "sha256", "licence", "source", "rows") if k in splits.info},
         "seeds": seeds,
         "shipped_seed": seeds[shipped],
         "weights": {
@@ -114,6 +115,10 @@ def make(
         "packages": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         "budget": budget,
     } | ({"external": external} if external else {})
+    if external is None and (zoo_folder() / own.card.name / RECORD).exists():
+        earlier = load_record(zoo_folder() / own.card.name)
+        if "external" in earlier and earlier["data"] == record["data"]:
+            record["external"] = earlier["external"]
     return write_card(record, folder)
 
 
@@ -122,7 +127,7 @@ def write_card(record: dict[str, Any], trained: Path) -> Path:
     if problems := record_problems(record):
         raise ValueError(f"{RECORD}: " + "; ".join(problems))
     target = zoo_folder() / record["name"]
-    prose = prose_of(target)
+    prose = prose_of(target, record)
     with staged_folder(target) as folder:
         for name in (CONFIG, "preprocessor_config.json", WEIGHTS):
             shutil.copyfile(trained / name, folder / name)

@@ -14,6 +14,7 @@ from .record import LOWER_IS_BETTER, load_record, this_row
 
 PAGE = "README.md"
 RESULTS = ("<!-- results:begin -->", "<!-- results:end -->")
+PROMPT = "<!-- write:"  # where the template wants prose
 ZOO = ("<!-- zoo:begin -->", "<!-- zoo:end -->")
 WEIGHTS_LICENCE = "apache-2.0"
 HUB_METRICS = {"auc": "roc_auc"}  # names of the Hub where they differ from ours
@@ -32,15 +33,16 @@ def build_card(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     page = folder / PAGE
-    write_atomically(page, render(folder, prose_of(folder)))
+    write_atomically(page, render(folder, prose_of(folder, load_record(folder))))
     return page
 
 
-def prose_of(folder: Path) -> str:
-    """The page as it stands, else the template with the card's name filled in."""
+def prose_of(folder: Path, record: Mapping[str, Any]) -> str:
+    """The page as it stands, else the template with the names filled in."""
     if (folder / PAGE).exists():
         return (folder / PAGE).read_text(encoding="utf-8")
-    return (zoo_folder() / "TEMPLATE.md").read_text(encoding="utf-8").replace("{name}", folder.name)
+    template = (zoo_folder() / "TEMPLATE.md").read_text(encoding="utf-8")
+    return template.replace("{name}", record["name"]).replace("{task}", next(iter(this_row(record)["metrics"])))
 
 
 def render(folder: Path, page: str) -> str:

@@ -52,7 +52,7 @@ def reproduce(
         echo: gets a line per number.
 
     Raises:
-        ValueError: an unknown budget.
+        ValueError: an unknown budget, or no record for it: nothing to repeat must not look like success.
         ModelNotFoundError: no such card.
     """
     if budget not in BUDGETS:
@@ -62,18 +62,20 @@ def reproduce(
     for name in chosen:
         if name not in known:
             raise ModelNotFoundError(f"no card {name!r} in {zoo_folder()}{nearest(name, known)}")
+    if names == "all" and budget == "ci":
+        chosen = [name for name in chosen if load_record(known[name])["budget"] == "ci"]
+    if not chosen:
+        raise ValueError(f"expected at least one record with the budget {budget} in {zoo_folder()}, found none")
     found = []
     for name in chosen:
-        for repetition in _repeat(known[name], budget, names == "all", data_path, progress):
+        for repetition in _repeat(known[name], budget, data_path, progress):
             echo(str(repetition))
             found.append(repetition)
     return found
 
 
-def _repeat(folder: Path, budget: str, skip: bool, data_path: str | None, progress: bool) -> Iterator[Repetition]:
+def _repeat(folder: Path, budget: str, data_path: str | None, progress: bool) -> Iterator[Repetition]:
     record = load_record(folder)
-    if skip and budget == "ci" and record["budget"] != "ci":
-        return
     rows = {row["model"]: row for row in record["rows"]}
     seeds = [record["shipped_seed"]] if budget == "ci" else record["seeds"]
     tasks = list(rows["single_task"]["metrics"])

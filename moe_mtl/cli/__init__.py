@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always")
-            warnings.showwarning = _show_warning
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
             code = _dispatch(arguments)
         sys.stdout.flush()
         return code
@@ -80,10 +80,9 @@ def _dispatch(arguments: list[str]) -> int:
         raise UsageError(f"unknown {what} {name!r}{nearest(name, COMMANDS)}")
     command = importlib.import_module(f".{name}", __name__)
     try:
-        parsed = _parse(name, command, rest)
+        return command.run(_parse(name, command, rest)) or 0
     except HelpPrinted:
         return 0
-    return command.run(parsed) or 0
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:

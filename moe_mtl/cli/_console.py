@@ -67,22 +67,15 @@ def say(text: str = "") -> None:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """No warnings and progress bars of transformers, datasets and huggingface_hub inside the block."""
-    import datasets
-    from transformers.utils import logging as transformers_logging
+    """No notes and progress bars of transformers inside the block."""
+    from transformers.utils import logging
 
-    levels = [(logging, logging.get_verbosity()) for logging in (transformers_logging, datasets.logging)]
-    bars = transformers_logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
-    for logging, _ in levels:
-        logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        for logging, level in levels:
-            logging.set_verbosity(level)
-        if bars[0]:
-            transformers_logging.enable_progress_bar()
-        if not bars[1]:
-            datasets.enable_progress_bars()
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

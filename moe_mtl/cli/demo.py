@@ -39,7 +39,7 @@ def demo(output: Path, seed: int, overrides: list[tuple[str, str]]) -> dict[str,
     # Interrupted, it starts anew: no checkpoints.
     changes = [("train.save_steps", "0"), *overrides]
     recipe, baseline = load_recipe(RECIPE, changes), load_recipe(BASELINE, changes)
-    own = recipe.model.type or recipe.model.source
+    own = str(recipe.model.type)
     say(f"Training on {recipe.data.name}: {own}, then {SHARED} and {SINGLE} with the same budget.\n")
 
     model = _train(own, recipe, output / own, seed)

@@ -1,6 +1,7 @@
 """Lists the models of the zoo, ready to load by name, and the model types that a recipe can train."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from ._arguments import Parser
@@ -23,12 +24,28 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"Model types, for model.type of a recipe:\n\n{table(types)}")
 
 
-def _row(name: str, folder: Any) -> dict[str, Any]:
+def _row(name: str, folder: Path) -> dict[str, Any]:
     from ..hub import Checkpoint, read_config
 
     config = read_config(folder)
     tasks = [task["name"] for task in config.get("tasks") or []]
-    return {"name": name, "type": config["model_type"], "parameters": Checkpoint(folder).num_parameters, "tasks": tasks}
+    return {
+        "name": name,
+        "type": config["model_type"],
+        "parameters": Checkpoint(folder).num_parameters,
+        "tasks": tasks,
+        "test": _test(folder),
+    }
+
+
+def _test(folder: Path) -> list[str]:
+    """Of each task its first metric, mean over the seeds; nothing where the folder has no record."""
+    from ..cards.record import RECORD, load_record, this_row
+
+    if not (folder / RECORD).is_file():
+        return []
+    firsts = {task: next(iter(metrics.items())) for task, metrics in this_row(load_record(folder))["metrics"].items()}
+    return [f"{task} {metric} {measured['mean']:.4f}" for task, (metric, measured) in firsts.items()]
 
 
 def _types() -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ Columns: a binary task gives its probability, a regression its value, a multi-cl
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from ._arguments import Parser, UsageError, positive
 from ._console import quiet_libraries, say
@@ -39,12 +40,11 @@ def run(arguments: argparse.Namespace) -> None:
         from ..training.predict import predict_file
 
         done = predict_file(folder, arguments.rows, arguments.output, arguments.task, arguments.keep, batch_size)
-    say(
-        f"wrote {done.path}: {done.rows:,} rows, columns {', '.join(done.columns[:8])}{', ...' * (len(done.columns) > 8)}"
-    )
+    columns = ", ".join([*done.columns[:8], *["..."] * (len(done.columns) > 8)])
+    say(f"wrote {done.path}: {done.rows:,} rows, columns {columns}")
 
 
-def _to_stdout(folder: object, rows: str, tasks: list[str] | None, batch_size: int) -> None:
+def _to_stdout(folder: Path, rows: str, tasks: list[str] | None, batch_size: int) -> None:
     from ..data import TabularProcessor, open_source
     from ..models import AutoModelForMultiTask
     from ..training.predict import predict

@@ -40,8 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     rows = [{"split": split} | row for split, metrics in result.metrics.items() for row in metric_rows(metrics)]
     print(table(rows))
-    seconds = result.record["seconds"]["train"]
-    say(
-        f"\n{result.record['parameters']:,} parameters, {result.record['steps']:,} steps in {seconds:.1f} s; saved in {output}"
-    )
+    record = result.record
+    took = f"{record['steps']:,} steps in {record['seconds']['train']:.1f} s"
+    say(f"\n{record['parameters']:,} parameters, {took}; saved in {output}")
     say(f"next: moe-mtl cost {output}; moe-mtl predict {output} ROWS.csv --output answers.csv")

@@ -16,7 +16,7 @@ import pyarrow as pa
 from .errors import DataError, check_choice, check_int, check_keys
 from .values import numbers
 
-NUM_BINS = 48
+NUM_BINS = 128
 EXACT_VALUES = 2_000_000
 SEED = 20_261
 MAX_FLOAT32, MAX_FLOAT64 = float(np.finfo(np.float32).max), float(np.finfo(np.float64).max)
@@ -89,9 +89,12 @@ class NumericSummary:
 def zero_inflated_bins(values: np.ndarray, num_bins: int = NUM_BINS) -> np.ndarray:
     """Bin edges in the values' own units, increasing: at most `num_bins + 1`.
 
-    Quantiles of the values above the minimum joined with quantiles of the distinct values, half of the bins each.
+    Each distinct value if they are that few; else quantiles of the values above the minimum joined with quantiles of
+    the distinct values, half of the bins each.
     """
     distinct = np.unique(values)
+    if len(distinct) <= num_bins + 1:
+        return distinct
     above = values[values > distinct[0]]
     shares = np.linspace(0, 1, num_bins // 2 + 1)
     edges = [distinct[:1], np.quantile(distinct, shares)]

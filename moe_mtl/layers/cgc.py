@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..outputs import Routing
-from .experts import ExpertBank, dead_units, mix
+from .experts import ExpertBank, mix_groups, routing_of
 from .gates import SoftmaxGate
 
 SHARED = "shared"
@@ -75,16 +75,6 @@ class CGCLevel(nn.Module):
         groups = [group for group in (*self.groups, SHARED) if any(group in self.seen_by(o) for o in outputs)]
         hidden = {group: self.experts[group](inputs[group]) for group in groups}
         weights = {output: self.gates[output](inputs[output])[0] for output in outputs}
-        mixed = {output: mix(weights[output], [hidden[g] for g in self.seen_by(output)]) for output in outputs}
-        if not record:
-            return mixed, None
-        names = {group: expert_names(group, self.experts[group].num_experts) for group in groups}
-        dead: dict[str, Tensor] = {}
-        for group in groups:
-            dead |= dead_units(hidden[group], names[group])
-        experts = {output: tuple(n for group in self.seen_by(output) for n in names[group]) for output in outputs}
-        return mixed, Routing(self.name, weights, experts, dead)
-
-
-def expert_names(group: str, size: int) -> tuple[str, ...]:
-    return tuple(f"{group}.{i}" for i in range(size))
+        sees = {output: self.seen_by(output) for output in outputs}
+        mixed = mix_groups(weights, sees, hidden, together=self.training)
+        return mixed, routing_of(self.name, weights, sees, hidden) if record else None

@@ -4,13 +4,15 @@ Shapes: `B` rows, `D` input width, `E` experts, `H` expert output width.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
+
+from ..outputs import Routing
 
 # Each is applied to the fresh output of a linear layer, which no gradient reads: ReLU and tanh, whose gradient needs
 # their result alone, overwrite it. A second buffer of that size costs more than the activation.
@@ -96,29 +98,75 @@ class ExpertBank(nn.Module):
         self.norm = None
 
 
+# ATen multiplies batches of matrices smaller than this with a plain loop.
+SMALL_PRODUCT = 400
+
+
 def mix(weights_BE: Tensor, experts: Sequence[Tensor]) -> Tensor:
     """Gated sum of experts: `out[b] = sum_e weights[b, e] * expert_e[b]`.
 
     Args:
         weights_BE: `[B, E]`; its columns follow the concatenation of `experts`.
-        experts: tensors `[E_g, B, H]` whose `E_g` add up to `E`. They are never copied together: the result of one
-            group is where the next accumulates.
+        experts: tensors `[E_g, B, H]` whose `E_g` add up to `E`.
 
     Returns:
         `[B, H]`.
     """
-    weights_B1E = weights_BE.unsqueeze(1)
-    out_B1H, start = None, 0
-    for expert_EBH in experts:
-        end = start + len(expert_EBH)
-        group_B1E = weights_B1E if end - start == weights_BE.shape[1] else weights_B1E[:, :, start:end]
-        expert_BEH = expert_EBH.transpose(0, 1)
-        if out_B1H is None:
-            out_B1H = torch.bmm(group_B1E, expert_BEH)
-        else:
-            out_B1H = torch.baddbmm(out_B1H, group_B1E, expert_BEH)
-        start = end
-    return out_B1H.squeeze(1)
+    hidden_EBH = torch.cat(list(experts)) if len(experts) > 1 else experts[0]
+    num_experts, rows, width = hidden_EBH.shape
+    if num_experts * width < SMALL_PRODUCT and rows > 64:
+        out_BH = hidden_EBH[0] * weights_BE[:, :1]
+        for expert in range(1, num_experts):
+            out_BH = torch.addcmul(out_BH, hidden_EBH[expert], weights_BE[:, expert : expert + 1])
+        return out_BH
+    return torch.bmm(weights_BE.unsqueeze(1), hidden_EBH.transpose(0, 1)).squeeze(1)
+
+
+def mix_groups(
+    weights: Mapping[str, Tensor],
+    sees: Mapping[str, Sequence[str]],
+    hidden: Mapping[str, Tensor],
+    together: bool,
+) -> dict[str, Tensor]:
+    """Several gated sums over groups of experts.
+
+    Args:
+        weights: output -> `[B, E]`, columns in the order of the groups it sees.
+        sees: output -> groups.
+        hidden: group -> `[E_g, B, H]`.
+        together: one product for all outputs, with weights of 0 where an output does not see an expert. That is faster
+            in training; but an output's last bits then depend on which others are asked for, and 0 times an
+            expert that overflowed is not 0. So a model that answers mixes each output by itself.
+
+    Returns:
+        Output -> `[B, H]`.
+    """
+    if not together:
+        return {o: mix(weights_BE, [hidden[group] for group in sees[o]]) for o, weights_BE in weights.items()}
+    spread = []
+    for output, weights_BE in weights.items():
+        seen = [len(hidden[group]) for group in sees[output]]
+        part = dict(zip(sees[output], weights_BE.split(seen, dim=1), strict=True))
+        spread.append(
+            torch.cat([part.get(g, weights_BE.new_zeros(len(weights_BE), len(hidden[g]))) for g in hidden], 1)
+        )
+    mixed_BOH = torch.bmm(torch.stack(spread, dim=1), torch.cat(list(hidden.values())).transpose(0, 1))
+    return dict(zip(weights, mixed_BOH.unbind(1), strict=True))
+
+
+def routing_of(
+    layer: str, weights: Mapping[str, Tensor], sees: Mapping[str, Sequence[str]], hidden: Mapping[str, Tensor]
+) -> Routing:
+    """The record of one layer of grouped experts; arguments as of `mix_groups`."""
+    names = {group: expert_names(group, len(hidden_EBH)) for group, hidden_EBH in hidden.items()}
+    dead: dict[str, Tensor] = {}
+    for group, hidden_EBH in hidden.items():
+        dead |= dead_units(hidden_EBH, names[group])
+    return Routing(layer, dict(weights), {o: tuple(n for g in sees[o] for n in names[g]) for o in weights}, dead)
+
+
+def expert_names(group: str, size: int) -> tuple[str, ...]:
+    return tuple(f"{group}.{i}" for i in range(size))
 
 
 def dead_units(hidden_EBH: Tensor, names: Sequence[str]) -> dict[str, Tensor]:

@@ -10,12 +10,13 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..outputs import Routing
-from .cgc import SHARED, expert_names
-from .experts import ExpertBank, dead_units, mix
+from .cgc import SHARED
+from .experts import ExpertBank, mix_groups, routing_of
 from .gates import SoftmaxGate
 
 
@@ -118,20 +119,14 @@ class HoMELayer(nn.Module):
         groups = [group for group in self.experts if any(group in self.sees[o] for o in outputs)]
         hidden = {group: self.experts[group](self.feature_gates[group](inputs[group])) for group in groups}
         weights = {output: self.gates[output](gate_inputs[output])[0] for output in outputs}
-        mixed = {}
+        # The self-gate's weights fall on the first experts that the gate sees: one sum serves both.
+        summed = {}
         for output in outputs:
             own_BE = self.self_gates[output](self_gate_inputs[output])
-            mixed[output] = mix(weights[output], [hidden[g] for g in self.sees[output]]) + mix(
-                own_BE, [hidden[self.sees[output][0]]]
-            )
-        if not record:
-            return mixed, None
-        names = {group: expert_names(group, self.experts[group].num_experts) for group in groups}
-        dead: dict[str, Tensor] = {}
-        for group in groups:
-            dead |= dead_units(hidden[group], names[group])
-        experts = {output: tuple(n for g in self.sees[output] for n in names[g]) for output in outputs}
-        return mixed, Routing(self.name, weights, experts, dead)
+            others = weights[output].shape[1] - own_BE.shape[1]
+            summed[output] = weights[output] + F.pad(own_BE, (0, others))
+        mixed = mix_groups(summed, self.sees, hidden, together=self.training)
+        return mixed, routing_of(self.name, weights, self.sees, hidden) if record else None
 
 
 def fold_batch_norms(module: nn.Module) -> None:

@@ -29,6 +29,7 @@ _LIBRARY_KEYS = frozenset(
         "model_type",
         "use_cache",
         "tie_word_embeddings",
+        "output_attentions",
     }
 )
 MAX_PARAMETERS = 100_000_000_000

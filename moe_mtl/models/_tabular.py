@@ -94,6 +94,8 @@ class TabularConfig(MultiTaskConfig):
         check_dims("tower_dims", self.tower_dims, empty=True)
         for name in ("dropout", "embedding_dropout"):
             check_probability(name, getattr(self, name))
+        if not 0 <= self.initializer_range < 1e6:
+            raise ValueError(f"initializer_range must be in [0, 1e6), found {self.initializer_range!r}")
         if self.numeric_embedding not in NUMERIC_EMBEDDINGS:
             raise ValueError(
                 f"numeric_embedding must be one of {', '.join(NUMERIC_EMBEDDINGS)}, found {self.numeric_embedding!r}"

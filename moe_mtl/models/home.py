@@ -30,7 +30,7 @@ from ..layers.home import HoMELayer, fold_batch_norms
 from ._base import Reader, register
 from ._tabular import TabularConfig, TabularModel, TrunkOutput, check_count, check_dims, check_probability
 
-GLOBAL = "global"
+GLOBAL = "globals"  # `global` is a keyword, which no exported program could name
 
 
 @strict
@@ -65,13 +65,13 @@ class HoMEConfig(TabularConfig):
         for group in self.groups:
             if not group.isidentifier() or group in (SHARED, GLOBAL):
                 raise ValueError(
-                    f"group must be letters, digits and '_', other than 'shared' and 'global'; found {group!r}"
+                    f"group must be letters, digits and '_', other than '{SHARED}' and '{GLOBAL}'; found {group!r}"
                 )
         experts = [*self.group_of, *(f"{group}_local" for group in self.groups), GLOBAL]
         for name in experts:
             if experts.count(name) > 1:
                 raise ValueError(
-                    f"HoME's task layer has one group of experts per task, '<group>_local' per group, and 'global': "
+                    f"HoME's task layer has a group of experts per task, '<group>_local' per group, and '{GLOBAL}': "
                     f"{name!r} is taken twice; rename the task"
                 )
         if not set(self.group_of.values()) <= set(self.groups):

@@ -11,12 +11,11 @@ Shapes: `B` rows, `D` width of the encoded row, `E` experts, `H` expert output w
 from collections.abc import Sequence
 from dataclasses import field
 
-import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from ..layers.cgc import SHARED, expert_names
-from ..layers.experts import ExpertBank, dead_units, mix
+from ..layers.cgc import SHARED
+from ..layers.experts import ExpertBank, dead_units, expert_names, mix_groups
 from ..layers.gates import DSelectKGate, SoftmaxGate
 from ..outputs import Routing
 from ._base import Reader, register
@@ -124,12 +123,8 @@ class MMoETrunk(nn.Module):
             weights[gate] = weights_BE
             if loss is not None:
                 auxiliary = loss if auxiliary is None else auxiliary + loss
-        if self.training:
-            mixed_BTH = torch.bmm(torch.stack(list(weights.values()), dim=1), hidden_EBH.transpose(0, 1))
-            mixed = dict(zip(weights, mixed_BTH.unbind(1), strict=True))
-        else:
-            # One product for all tasks is faster, but a task's last bits would depend on which others are asked.
-            mixed = {gate: mix(weights_BE, [hidden_EBH]) for gate, weights_BE in weights.items()}
+        sees = dict.fromkeys(weights, ("experts",))
+        mixed = mix_groups(weights, sees, {"experts": hidden_EBH}, together=self.training)
         routing = ()
         if record:
             names = expert_names("experts", len(hidden_EBH))

@@ -4,6 +4,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from ..data.processor import TabularProcessor
 from ..data.splits import DataSplits
@@ -103,8 +104,8 @@ def _configured(model_type: str, fields: dict[str, Any]) -> MultiTaskModel:
     try:
         config = cls.config_class(**fields)
         config.validate()
-    except (ValueError, TypeError) as error:  # what strict configs raise derives from these
-        raise RecipeError(f"section 'model': {' '.join(str(error).split())}") from None
+    except (StrictDataclassError, ValueError) as error:
+        raise RecipeError(f"section 'model': {' '.join(str(error.__cause__ or error).split())}") from None
     return cls(config)
 
 

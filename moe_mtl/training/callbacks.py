@@ -97,9 +97,9 @@ def routing_problems(routing: Sequence[Routing]) -> Iterator[Problem]:
             if share_E[top] > POLARISED:
                 yield (
                     f"polarised {layer} {gate}",
-                    f"the gate of {gate!r} in layer {layer!r} gives {share_E[top]:.1%} of its weight to {names[top]!r}, "
-                    f"one of {len(names)} experts: it no longer mixes; raise gate_dropout, lower the learning rate, or "
-                    "use fewer experts",
+                    f"the gate of {gate!r} in layer {layer!r} gives {share_E[top]:.1%} of its weight to "
+                    f"{names[top]!r}, one of {len(names)} experts: it no longer mixes; raise "
+                    "gate_dropout, lower the learning rate, or use fewer experts",
                 )
         for name, by_gate in received.items():
             if all(share * len(record.experts[gate]) < STARVED for gate, share in by_gate.items()):

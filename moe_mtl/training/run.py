@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments, set_seed
 
 from .. import data
@@ -229,6 +230,7 @@ def training_arguments(section: TrainSection, output_dir: str | Path) -> Trainin
         lr_scheduler_type=SCHEDULES[section.schedule],
         warmup_steps=section.warmup or 0,
         bf16=section.precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),
         seed=section.seed,
         data_seed=section.seed,
         logging_steps=section.logging_steps,

@@ -83,7 +83,7 @@ class TaskRows(Dataset):
 
 
 class BatchLoader(DataLoader):
-    """A DataLoader over whole batches. Of n processes each takes every n-th; a last round that is not full is left out."""
+    """A DataLoader over whole batches. Of n processes each takes every n-th; an incomplete last round is left out."""
 
     def __init__(
         self,
@@ -94,7 +94,10 @@ class BatchLoader(DataLoader):
         processes: int = 1,
     ):
         sampler = batches if processes == 1 else _Share(batches, process, processes)
-        super().__init__(dataset, batch_sampler=sampler, collate_fn=as_is, pin_memory=pin_memory)
+        # Its own generator: a DataLoader draws a seed each epoch, from the one that dropout uses unless told otherwise.
+        super().__init__(
+            dataset, batch_sampler=sampler, collate_fn=as_is, pin_memory=pin_memory, generator=torch.Generator()
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """The trainer calls it before each pass."""

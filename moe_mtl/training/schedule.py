@@ -39,6 +39,23 @@ class BalancerSteps(TrainerCallback):
         self.balancer.end_epoch()
 
 
+class SavesAfterEvaluation(TrainerCallback):
+    """Puts a checkpoint that falls due with an epoch's last step off until the epoch's evaluation is done.
+
+    A run resumed from it would otherwise begin the next epoch and never make up for that evaluation.
+    """
+
+    def __init__(self) -> None:
+        self.due = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save and state.epoch == int(state.epoch):
+            self.due, control.should_save = True, False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save, self.due = control.should_save or self.due, False
+
+
 class SparingSaves(TrainerCallback):
     """Leaves out a checkpoint that falls due at the end of an epoch while the last one is younger than `seconds`."""
 

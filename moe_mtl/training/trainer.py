@@ -18,6 +18,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType, gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PredictionOutput
@@ -38,7 +39,7 @@ from .evaluation import Evaluation, evaluate_table
 from .metrics import counted_rows
 from .recipe import EarlyStopping, RecipeError, TaskSampling
 from .sampling import BatchLoader, TaskBatches, TaskRows
-from .schedule import BalancerSteps, OneCycle, SparingSaves
+from .schedule import BalancerSteps, OneCycle, SavesAfterEvaluation, SparingSaves
 from .stopping import BestWeights
 from .watch import LossWatch
 
@@ -49,12 +50,10 @@ BEST = "best.safetensors"
 class MultiTaskTrainer(Trainer):
     """Trains any model of the zoo on encoded rows.
 
-    Everything that `transformers.Trainer` does through its arguments stays; what differs:
-    batches come from a `TensorTable` by index, in an order given by the seed and the epoch; the optimiser is fused
-    AdamW (or Adam);
-    `evaluate` computes every metric once over the whole split; a loss that is not finite stops the run and names the
-    task;
-    checkpoints appear by rename and carry hashes, and resuming from an incomplete one is refused.
+    What `transformers.Trainer` does through its arguments stays. What differs: batches come from a `TensorTable` by
+    index, in an order given by the seed and the epoch; the optimiser is fused AdamW or Adam; `evaluate` computes every
+    metric once over the whole split; a loss that is not finite stops the run and names the task; checkpoints appear by
+    rename and carry hashes, and resuming from an incomplete one is refused.
 
     Under gradient accumulation the loss is the mean over the batches of a step, each the mean over its own counted
     rows.
@@ -129,8 +128,12 @@ class MultiTaskTrainer(Trainer):
             self.add_callback(self.best)
         if self.loss_balancer is not None:
             self.add_callback(BalancerSteps(self.loss_balancer))
+        self.add_callback(SavesAfterEvaluation())
         if seconds_between_saves > 0:
             self.add_callback(SparingSaves(seconds_between_saves))
+        # A frozen batch norm must not go on averaging what passes through it.
+        norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.affine]
+        self._frozen_norms = [norm for norm in norms if not norm.weight.requires_grad and not norm.bias.requires_grad]
         self.watch = LossWatch([task.name for task in self.tasks])
 
     def _check(self, loss_balancing: Any, gradient_balancing: Any) -> None:
@@ -187,8 +190,10 @@ class MultiTaskTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Forward and backward of one batch. Returns the loss as its share of the step."""
-        if not model.training:
+        if not model.training or any(norm.training for norm in self._frozen_norms):
             model.train()
+            for norm in self._frozen_norms:
+                norm.eval()
         self.model.set_training_step(self.state.global_step)
         if self.args.device.type != "cpu":
             inputs = self._prepare_inputs(inputs)

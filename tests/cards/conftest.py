@@ -82,7 +82,7 @@ def card(tmp_path, monkeypatch) -> Path:
     (folder / "results.json").write_text(json.dumps(make_record(folder)))
     (folder / "recipe.resolved.yaml").write_text(load_recipe("digits/mmoe").to_yaml())
     hub.write_manifest(folder)
-    (tmp_path / "model_cards" / "TEMPLATE.md").write_text(TEMPLATE.read_text())
+    (tmp_path / "model_cards" / "TEMPLATE.md").write_text(TEMPLATE.read_text().replace("<!-- write:", "<!-- wrote:"))
     (tmp_path / "model_cards" / "README.md").write_text(f"# Zoo\n\n{page.ZOO[0]}\n{page.ZOO[1]}\n")
     (tmp_path / "README.md").write_text(f"# Project\n\n{page.ZOO[0]}\n{page.ZOO[1]}\n")
     page.build_card(folder)

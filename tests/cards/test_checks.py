@@ -47,7 +47,11 @@ ALTERATIONS = {
     "a number in the table": (lambda c: edit(c / "README.md", "0.9567", "0.9967"), "README.md is not what"),
     "a number in the front matter": (lambda c: edit(c / "README.md", "value: 0.92", "value: 0.99"), "README.md is not"),
     "a broken front matter": (lambda c: edit(c / "README.md", "---\n", "--\n"), "README.md"),
-    "a number in prose": (lambda c: edit(c / "README.md", "Name the tasks", "AUC 0.99 on"), "line .* without a record"),
+    "a number in prose": (
+        lambda c: edit(c / "README.md", "## Where", "0.99\n## Where"),
+        "line .* without a record",
+    ),
+    "prose never written": (lambda c: edit(c / "README.md", "<!-- wrote:", "<!-- write:"), "prose is missing at"),
     "no block": (lambda c: edit(c / "README.md", RESULTS[1], ""), "expected one block"),
     "a value in the record": (lambda c: edit(c / "results.json", "0.95,", "0.99,"), "mean or std"),
     "a recipe": (

@@ -1,3 +1,4 @@
+import functools
 import json
 
 import numpy as np
@@ -5,15 +6,14 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, roc_auc_score
 
-from moe_mtl import hub
+from moe_mtl import data, hub
 from moe_mtl.cards import check, making, repeating, variants
 from moe_mtl.cards.page import RESULTS, ZOO
 from moe_mtl.cards.record import load_record, measure
 from moe_mtl.data.tensors import TensorTable
 from moe_mtl.models import model_class
 from moe_mtl.training.evaluation import evaluate_table
-from moe_mtl.training.recipe import RecipeError, load_recipe
-from moe_mtl.training.run import load_data
+from moe_mtl.training.recipe import RecipeError
 
 WIDTHS = "  numeric_embedding: scaled\n  tower_dims: [4]\n"
 RECIPES = {
@@ -23,10 +23,15 @@ RECIPES = {
 DATA = "data:\n  name: digits\n  options: {tasks: [digit, parity]}\ntrain: {epochs: 1}\n"
 
 
+@functools.cache
+def digits(tasks):
+    splits = data.load("digits", tasks=tasks)
+    return splits, splits.fit_processor()
+
+
 def untrained(recipe, output_dir, seed, progress):
     """Stands for training: a fresh model of the seed, saved and measured as a run would."""
-    splits = load_data(recipe)
-    processor = splits.fit_processor()
+    splits, processor = digits(tuple(recipe.data.options["tasks"]))
     tasks = variants.measured_tasks(recipe, splits)
     cls = model_class(recipe.model.type)
     torch.manual_seed(seed)
@@ -74,9 +79,9 @@ def test_a_made_card_passes_every_check_and_is_reproduced(zoo, runs, monkeypatch
 
     # The numbers, computed plainly from the saved runs.
     assert record["seeds"] == [0, 1, 2]
-    splits = load_data(load_recipe("digits/mmoe"))
+    splits, _ = digits(("digit", "parity"))
     labels = splits.test.column("parity").to_numpy()
-    digits = splits.test.column("digit").to_numpy()
+    digit = splits.test.column("digit").to_numpy()
     aucs, accuracies = [], []
     for seed in record["seeds"]:
         (run,) = runs.glob(f"mmoe-all-*-seed{seed}")
@@ -84,7 +89,7 @@ def test_a_made_card_passes_every_check_and_is_reproduced(zoo, runs, monkeypatch
         with torch.no_grad():
             logits = model(**processor(splits.test, labels=False)).logits
         aucs.append(roc_auc_score(labels, logits["parity"][:, 0]))
-        accuracies.append(accuracy_score(digits, logits["digit"].argmax(1)))
+        accuracies.append(accuracy_score(digit, logits["digit"].argmax(1)))
         weights = (run / "model.safetensors").read_bytes()
         assert ((folder / "model.safetensors").read_bytes() == weights) == (seed == record["shipped_seed"])
     own = record["rows"][0]["metrics"]
@@ -100,13 +105,16 @@ def test_a_made_card_passes_every_check_and_is_reproduced(zoo, runs, monkeypatch
     bottom = 64 * 4 + 4 + 64 * 2  # one bottom more: its layer, and a scale and shift per column
     assert together["parameters"] < alone["parameters"] <= together["parameters"] + bottom
 
-    # Prose survives making it again; a run that is there is not trained again.
+    # Prose and other libraries' rows survive making it again; a run that is there is not trained again.
+    other = [{"model": "lightgbm", "source": "python peers.py", "metrics": {"parity": {"auc": 0.99}}}]
+    (folder / "results.json").write_text(json.dumps(record | {"external": other}))
     text = (folder / "README.md").read_text().replace("Say in two sentences", "Reads digits.")
     (folder / "README.md").write_text(text)
     monkeypatch.setattr("moe_mtl.cards.variants.run_recipe", lambda *_, **__: pytest.fail("trained again"))
     making.make("digits/mmoe", runs=runs, budget="ci", echo=lines.append)
     assert "Reads digits." in (folder / "README.md").read_text()
     assert check() == []
+    assert load_record(folder)["external"] == other
 
     monkeypatch.setattr("moe_mtl.cards.variants.run_recipe", untrained)
     again = repeating.reproduce("mmoe-digits", echo=lines.append)
@@ -182,5 +190,8 @@ def test_recipes_are_named_as_the_library_names_them(zoo):
 def test_reproduce_refuses_what_it_does_not_know(zoo):
     with pytest.raises(ValueError, match="expected one of ci, nightly"):
         repeating.reproduce(budget="gpu")
+    for budget in ("ci", "nightly"):
+        with pytest.raises(ValueError, match="at least one record"):
+            repeating.reproduce(budget=budget)
     with pytest.raises(hub.ModelNotFoundError, match="no card 'ple-digits'"):
         repeating.reproduce("ple-digits")

@@ -36,7 +36,7 @@ def test_tables(card):
         "moe-mtl cards make recipes/digits/mmoe.yaml",
     ):
         assert line in text.split("\n"), line
-    assert 'from_pretrained("mmoe-digits", tasks=' in text
+    assert 'from_pretrained("mmoe-digits", tasks=["parity"])' in text
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_verdict(metric, low, high, expected):
 
 
 def test_prose_survives_and_numbers_follow_the_record(card):
-    text = (card / "README.md").read_text().replace("Say in two sentences", "It tells odd from even.")
+    text = (card / "README.md").read_text().replace("# mmoe-digits", "# mmoe-digits\nIt tells odd from even.")
     (card / "README.md").write_text(text)
     record = load_record(card)
     record["wall_s"] = 99

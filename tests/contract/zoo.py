@@ -1,9 +1,11 @@
-"""A small model of every registered type, with no field at its default, and rows for it.
+"""A small model of every registered type, with fields off their defaults wherever that is possible, and rows for it.
 
 Nothing here names a model: a new paper's file in `moe_mtl/models` is found in the registry and gets all contract tests.
 """
 
+import copy
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -51,7 +53,7 @@ _SMALL = {
     "num_experts": 5,
     "gate_gamma": 1.5,
 }
-_WRITTEN_BY_THE_LIBRARY = {"experts_kept", "expert_groups", "meta_groups"}
+WRITTEN_BY_THE_LIBRARY = {"experts_kept", "expert_groups", "meta_groups"}
 
 
 def own_fields(config_class: type[MultiTaskConfig]) -> list[dataclasses.Field]:
@@ -75,11 +77,16 @@ def _others(default: Any) -> list[Any]:
 
 def config_of(model_type: str, **overrides: Any) -> MultiTaskConfig:
     """A small config of that type in which every field that can differ from its default does."""
+    return REGISTRY[model_type].config_class(**copy.deepcopy({**_off_default(model_type), **overrides}))
+
+
+@functools.cache
+def _off_default(model_type: str) -> dict[str, Any]:
     config_class = REGISTRY[model_type].config_class
     default = config_class()
     chosen: dict[str, Any] = {}
     for field in own_fields(config_class):
-        if field.name in _WRITTEN_BY_THE_LIBRARY:
+        if field.name in WRITTEN_BY_THE_LIBRARY:
             continue
         candidates = [_SMALL[field.name]] if field.name in _SMALL else _others(getattr(default, field.name))
         for value in candidates:
@@ -89,7 +96,36 @@ def config_of(model_type: str, **overrides: Any) -> MultiTaskConfig:
                 continue
             chosen[field.name] = value
             break
-    return config_class(**{**chosen, **overrides})
+    return chosen
+
+
+def _variants() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Each type, and each again with one switch the other way, so that neither side goes untested."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for model_type in MODEL_TYPES:
+        config = config_of(model_type)
+        found[model_type] = (model_type, {})
+        for field in own_fields(type(config)):
+            value = getattr(config, field.name)
+            for other in [not value] if isinstance(value, bool) else _SWITCHES.get(field.name, []):
+                # The encoder is the same in every model: once is enough.
+                if other == value or (field.name == "numeric_embedding" and model_type != MODEL_TYPES[0]):
+                    continue
+                try:
+                    config_of(model_type, **{field.name: other})
+                except StrictDataclassError:
+                    continue
+                found[f"{model_type}-{field.name}={other}"] = (model_type, {field.name: other})
+    return found
+
+
+_SWITCHES = {"gate": ["dselect_k"], "numeric_embedding": ["scaled", "periodic"]}
+VARIANTS = _variants()
+
+
+def variant_of(name: str, **overrides: Any) -> MultiTaskModel:
+    model_type, fields = VARIANTS[name]
+    return model_of(model_type, **{**fields, **overrides})
 
 
 def model_of(model_type: str, seed: int = 0, **overrides: Any) -> MultiTaskModel:

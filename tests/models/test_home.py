@@ -60,7 +60,7 @@ def states_by_hand(state: dict[str, Tensor], v: Tensor) -> dict[str, Tensor]:
         for task in tasks:
             private = experts_of(state, "task", task, z[group])
             local = experts_of(state, "task", f"{group}_local", z[group])
-            everywhere = experts_of(state, "task", "global", z_shared)
+            everywhere = experts_of(state, "task", "globals", z_shared)
             weights = gate("task", task, torch.cat([z[group], z_shared]))
             out[task] = weighted(weights, private + local + everywhere)
             out[task] = out[task] + weighted(own("task", task, z[group]), private)
@@ -84,7 +84,7 @@ def test_routing_names_the_hierarchy() -> None:
     assert (meta.layer, task.layer) == ("meta", "task")
     assert meta.experts["act"] == ("act.0", "act.1", "shared.0", "shared.1")
     assert len(meta.experts["shared"]) == 2 * 4
-    assert task.experts["share"] == ("share.0", "share.1", "act_local.0", "act_local.1", "global.0", "global.1")
+    assert task.experts["share"] == ("share.0", "share.1", "act_local.0", "act_local.1", "globals.0", "globals.1")
     assert set(task.experts) == {"like", "watch", "share", "alone"}
 
 
@@ -160,14 +160,14 @@ def test_extracted_task_keeps_the_meta_layer_and_its_own_groups() -> None:
     small = model.extract_task("share")
     assert set(small.trunk.meta.experts) == {"act", "time", "alone", "shared"}  # z_shared reads all of them
     assert set(small.trunk.meta.gates) == {"act", "shared"}
-    assert set(small.trunk.task.experts) == {"share", "act_local", "global"}
+    assert set(small.trunk.task.experts) == {"share", "act_local", "globals"}
     assert set(small.trunk.task.gates) == {"share"}
     kept = sum(p.numel() for p in small.trunk.task.experts.parameters())
     full = sum(p.numel() for p in model.trunk.task.experts.parameters())
     assert kept / full == pytest.approx(3 / (4 + 3 + 1))  # tasks, groups, global
 
 
-@pytest.mark.parametrize("name", ["act_local", "global"])
+@pytest.mark.parametrize("name", ["act_local", "globals"])
 def test_names_that_collide_are_refused(name: str) -> None:
     tasks = [{"name": name, "kind": "binary", "group": "other"}, {"name": "like", "kind": "binary", "group": "act"}]
     with pytest.raises(StrictDataclassError, match=f"'{name}' is taken twice"):

@@ -14,8 +14,8 @@ SMALL = {"tasks": TASKS, "num_specific_experts": 2, "num_shared_experts": 3, "ex
 
 
 def extracted(state: dict[str, Tensor], levels: int, x: Tensor) -> dict[str, Tensor]:
-    """x^k = sum softmax(W^k x^k) {experts of k, shared}; x^s the same over all experts of the level, on all but the last
-    level. Every stream starts as x."""
+    """x^k = sum softmax(W^k x^k) {experts of k, shared}; x^s the same over all experts of the
+    level, on all but the last level. Every stream starts as x."""
     streams = dict.fromkeys(["b", "a", "c", "shared"], x)
     for level in range(levels):
         name = f"trunk.levels.{level}"
@@ -80,7 +80,7 @@ def expert_parameters(model: torch.nn.Module) -> int:
 @pytest.mark.parametrize("levels", [1, 2, 3])
 @pytest.mark.parametrize("num_tasks", [1, 2, 3, 6])
 def test_extracted_task_keeps_the_share_of_experts_that_the_formula_says(levels: int, num_tasks: int) -> None:
-    """Equal groups: CGC 2 / (T + 1); PLE ((L - 1)(T + 1) + 2) / (L (T + 1)). Width 3 in and out: experts of one size."""
+    """Equal groups: CGC 2 / (T + 1); PLE ((L - 1)(T + 1) + 2) / (L (T + 1)). Experts are 3 wide, in and out."""
     tasks = [{"name": f"t{i}", "kind": "binary"} for i in range(num_tasks)]
     fields = {"tasks": tasks, "num_levels": levels, "expert_dims": [3], "num_specific_experts": 2}
     model = model_of("cgc" if levels == 1 else "ple", **fields, num_shared_experts=2)

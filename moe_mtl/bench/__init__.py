@@ -1,0 +1,1 @@
+"""Side-by-side measurements: the same work for every contender, in one run, in turns. Importing this imports nothing heavy."""

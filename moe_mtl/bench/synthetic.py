@@ -1,0 +1,286 @@
+"""The synthetic study of MMoE: does a shared bottom fall behind as the tasks grow apart?
+
+Ma et al., "Modeling Task Relationships in Multi-task Learning with Multi-gate Mixture-of-Experts", KDD 2018, section 3.3 and figure 4:
+two regression tasks of a known correlation; shared bottom, OMoE and MMoE of the same number of parameters. The generator draws its
+sines anew each time, so that one data set says little: losses are averaged over draws and compared pair by pair on the same draw.
+
+Differs from the paper in: 20 draws, not 200 runs; learning rates are chosen on validation rows; all draws train at once, as one
+batch of models.
+
+Shapes: `N` draws, `B` rows, `D` features, `T` tasks.
+"""
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+
+from ..data import load
+from ..files import write_atomically
+from ..models import model_class
+from ..models._tabular import TabularModel
+from .report import aligned, curves
+
+EXPERTS = {"num_experts": 8, "expert_dims": [16]}
+TOWER_DIMS = [8]
+TASKS = ("y1", "y2")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to study; the defaults take minutes on one core.
+
+    Attributes:
+        correlations: cosines between the tasks' weight vectors.
+        models: of shared_bottom, omoe, mmoe.
+        draws: data sets per correlation.
+        learning_rates: the one with the least validation loss, averaged over the draws, is chosen per model and correlation.
+        epochs: passes over the training rows.
+        batch_size: rows per step.
+        scale: c, the length of the weight vectors: how far the sines bend.
+        rows: training rows of each draw.
+        seed: of the first draw and of all weights.
+        threads: of torch; its own choice by default.
+        output: folder for synthetic.json, and synthetic.svg where matplotlib is installed.
+    """
+
+    correlations: tuple[float, ...] = (1.0, 0.9, 0.5, 0.0)
+    models: tuple[str, ...] = ("shared_bottom", "omoe", "mmoe")
+    draws: int = 20
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    epochs: int = 30
+    batch_size: int = 200
+    scale: float = 0.3
+    rows: int = 10_000
+    seed: int = 0
+    threads: int | None = None
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.models) - {"shared_bottom", "omoe", "mmoe"}:
+            raise ValueError(f"models: expected shared_bottom, omoe, mmoe, found {sorted(unknown)[0]!r}")
+        for name, lowest in (("draws", 2), ("epochs", 1), ("batch_size", 1), ("rows", 1)):
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name}: expected at least {lowest}, found {getattr(self, name)}")
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise ValueError(f"learning_rates: expected positive numbers, found {self.learning_rates}")
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Rows of every draw: inputs `[N, B, D]` and labels `[N, B, T]` of each part."""
+
+    train: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+
+def draw(correlation: float, options: Options) -> Draws:
+    """`options.draws` data sets of one correlation; a seed gives the same sines and inputs at every correlation."""
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {"train": [], "validation": [], "test": []}
+    for i in range(options.draws):
+        splits = load(
+            "mmoe-synthetic",
+            correlation=correlation,
+            scale=options.scale,
+            train_rows=options.rows,
+            seed=options.seed + i,
+        )
+        for name, rows in splits.parts().items():
+            columns = {column: rows[column].to_numpy() for column in rows.column_names}
+            x_BD = np.stack([columns[feature["name"]] for feature in splits.features], axis=1)
+            y_BT = np.stack([columns[task] for task in TASKS], axis=1)
+            parts[name].append((torch.from_numpy(x_BD).float(), torch.from_numpy(y_BT).float()))
+    stacked = {name: tuple(map(torch.stack, zip(*found, strict=True))) for name, found in parts.items()}
+    return Draws(**stacked)
+
+
+def build(name: str, num_features: int) -> TabularModel:
+    """The paper's sizes: 8 experts of 16 units, towers of 8; the shared bottom as wide as that many parameters allow (113 for 100)."""
+    model = model_class(name)
+    sizes: dict[str, Any] = EXPERTS
+    if name == "shared_bottom":
+        experts, width, tower = EXPERTS["num_experts"], EXPERTS["expert_dims"][0], TOWER_DIMS[0]
+        total = num_features * width * experts + width * tower * len(TASKS)
+        sizes = {"bottom_dims": [round(total / (num_features + tower * len(TASKS)))]}
+    config = model.config_class(
+        features=[{"name": f"x{i}", "kind": "numeric"} for i in range(num_features)],
+        tasks=[{"name": task, "kind": "regression"} for task in TASKS],
+        numeric_embedding="scaled",
+        tower_dims=TOWER_DIMS,
+        **sizes,
+    )
+    return model(config)
+
+
+class _Core(nn.Module):
+    """Trunk and towers: what is left of a model once its inputs are known to be sound; that check cannot run under vmap."""
+
+    def __init__(self, model: TabularModel):
+        super().__init__()
+        self.trunk, self.towers = model.trunk, model.towers
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        states = self.trunk(x_BD, list(TASKS), False).states
+        return torch.cat([self.towers[task](states[task]) for task in TASKS], dim=-1)
+
+
+def train(name: str, draws: Draws, learning_rate: float, options: Options) -> dict[str, list[float]]:
+    """Trains one model per draw, all in one batch of models; Adam works number by number, so they do not touch each other.
+
+    Returns:
+        mean squared error over both tasks, by draw, after the last epoch: `train`, `validation`, `test`.
+    """
+    x_NBD, y_NBT = draws.train
+    torch.manual_seed(options.seed)
+    cores = [_Core(build(name, x_NBD.shape[-1])) for _ in range(len(x_NBD))]
+    parameters, _ = stack_module_state(cores)
+    skeleton = cores[0].to("meta")
+
+    def answer(state: Mapping[str, Tensor], x_BD: Tensor) -> Tensor:
+        return functional_call(skeleton, state, (x_BD,))
+
+    forward = vmap(answer)
+    optimizer = torch.optim.Adam(parameters.values(), lr=learning_rate, fused=True)
+    order = torch.Generator().manual_seed(options.seed)
+    for _ in range(options.epochs):
+        for index in torch.randperm(x_NBD.shape[1], generator=order).split(options.batch_size):
+            optimizer.zero_grad()
+            error = forward(parameters, x_NBD[:, index]) - y_NBT[:, index]
+            error.square().mean(dim=(1, 2)).sum().backward()
+            optimizer.step()
+    with torch.no_grad():
+        return {
+            part: (forward(parameters, x) - y).square().mean(dim=(1, 2)).tolist()
+            for part, (x, y) in (("train", draws.train), ("validation", draws.validation), ("test", draws.test))
+        }
+
+
+def run(options: Options, progress: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Runs the study.
+
+    Returns:
+        as JSON types: per correlation the label correlation, per model the chosen learning rate and the test losses by draw, and per
+        pair of models the mean difference with its standard error; and `gap`, how the shared bottom's lag on MMoE grows from the
+        highest to the lowest correlation.
+    """
+    before = torch.get_num_threads()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        rows = []
+        for correlation in options.correlations:
+            draws = draw(correlation, options)
+            row: dict[str, Any] = {"correlation": correlation, "label_correlation": _label_correlation(draws), "models": {}}
+            for name in options.models:
+                tried = {rate: train(name, draws, rate, options) for rate in options.learning_rates}
+                rate = min(tried, key=lambda r: statistics.fmean(tried[r]["validation"]))
+                losses = tried[rate]
+                row["models"][name] = {
+                    "learning_rate": rate,
+                    "test": _summary(losses["test"]),
+                    "train": _summary(losses["train"]),
+                    "tried": {str(r): _summary(found["test"])["mean"] for r, found in tried.items()},
+                    "by_draw": losses["test"],
+                }
+                progress(f"correlation {correlation}: {name} {row['models'][name]['test']['mean']:.5f}")
+            row["differences"] = _differences({name: found["by_draw"] for name, found in row["models"].items()})
+            rows.append(row)
+    finally:
+        torch.set_num_threads(before)
+    result = {
+        "bench": "synthetic",
+        "options": {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(options).items()},
+        "parameters": {name: sum(p.numel() for p in build(name, 100).parameters()) for name in options.models},
+        "correlations": rows,
+        "gap": _gap(rows),
+    }
+    if options.output is not None:
+        folder = Path(options.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "synthetic.json", json.dumps(result, indent=1) + "\n")
+        if (drawing := curves(result)) is not None:
+            write_atomically(folder / "synthetic.svg", drawing)
+    return result
+
+
+def main(options: Options) -> dict[str, Any]:
+    """`run`, with steps on standard error and the table on standard output."""
+    result = run(options, lambda line: print(line, file=sys.stderr, flush=True))
+    print(table(result))
+    return result
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Test loss by correlation and model, and the paired differences to MMoE."""
+    names = list(result["parameters"])
+    others = [name for name in names if name != "mmoe" and "mmoe" in names]
+    header = ["correlation", "labels'", *names, *(f"{name} - mmoe" for name in others), "learning rates"]
+    rows = []
+    for row in result["correlations"]:
+        cells = [f"{row['correlation']:.2f}", f"{row['label_correlation']:.2f}"]
+        cells += [f"{row['models'][name]['test']['mean']:.5f}" for name in names]
+        for name in others:
+            difference = row["differences"][f"{name} - mmoe"]
+            cells.append(f"{difference['mean']:+.5f} ± {difference['standard_error']:.5f}")
+        rows.append([*cells, " ".join(f"{row['models'][name]['learning_rate']:g}" for name in names)])
+    parameters = ", ".join(f"{name} {count:,}" for name, count in result["parameters"].items())
+    lines = [f"parameters: {parameters}", "mean squared error on test rows, mean over draws; differences paired", ""]
+    lines += aligned(header, rows)
+    if (gap := result["gap"]) is not None:
+        says = "holds" if gap["holds"] else "does not hold"
+        lines += [
+            "",
+            f"the shared bottom's lag on MMoE grows by {gap['growth']['mean']:.5f} ± {gap['growth']['standard_error']:.5f} from correlation "
+            f"{gap['highest']:.2f} to {gap['lowest']:.2f}: the paper's ordering {says} (growth and lag above two standard errors)",
+        ]
+    return "\n".join(lines)
+
+
+def _summary(losses: Sequence[float]) -> dict[str, float]:
+    return {"mean": statistics.fmean(losses), "standard_error": statistics.stdev(losses) / math.sqrt(len(losses))}
+
+
+def _differences(losses: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
+    found = {}
+    for name, own in losses.items():
+        for other, theirs in losses.items():
+            if name != other:
+                pairs = [a - b for a, b in zip(own, theirs, strict=True)]
+                found[f"{name} - {other}"] = {**_summary(pairs), "worse_in": sum(p > 0 for p in pairs)}
+    return found
+
+
+def _gap(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Lag of the shared bottom at the lowest correlation less that at the highest, draw by draw."""
+    if len(rows) < 2 or not {"shared_bottom", "mmoe"} <= set(rows[0]["models"]):
+        return None
+    ordered = sorted(rows, key=lambda row: row["correlation"])
+    lags = []
+    for row in (ordered[0], ordered[-1]):
+        own, theirs = (row["models"][name]["by_draw"] for name in ("shared_bottom", "mmoe"))
+        lags.append([a - b for a, b in zip(own, theirs, strict=True)])
+    growth = _summary([low - high for low, high in zip(*lags, strict=True)])
+    lag = _summary(lags[0])
+    return {
+        "lowest": ordered[0]["correlation"],
+        "highest": ordered[-1]["correlation"],
+        "lag_at_lowest": lag,
+        "lag_at_highest": _summary(lags[1]),
+        "growth": growth,
+        "holds": all(figure["mean"] > 2 * figure["standard_error"] for figure in (lag, growth)),
+    }
+
+
+def _label_correlation(draws: Draws) -> float:
+    y_NBT = draws.train[1]
+    return statistics.fmean(float(torch.corrcoef(y_BT.t())[0, 1]) for y_BT in y_NBT)

@@ -1,0 +1,60 @@
+"""Timing in turns, so that what else the machine does hits every contender alike."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call, one figure per round.
+
+    Attributes:
+        seconds: by round; the same round of two contenders was measured side by side.
+    """
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def best(self) -> float:
+        return min(self.seconds)
+
+    def ratio(self, other: "Timing") -> float:
+        """Median over the rounds of this one's time over the other's."""
+        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+
+
+def alternate(calls: Mapping[str, Callable[[], object]], rounds: int, slice_seconds: float = 0.0) -> dict[str, Timing]:
+    """Measures the contenders round by round, in an order that rotates, after one warm-up call each.
+
+    Args:
+        calls: contender -> what to time.
+        rounds: how many measurements of each.
+        slice_seconds: a measurement repeats its call for about that long (fast calls need it); 0 for one call.
+    """
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        if slice_seconds:
+            once = min(_time(call, 1) for _ in range(3))
+            repeats[name] = max(1, math.ceil(slice_seconds / once))
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for turn in range(rounds):
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
+            seconds[name].append(_time(calls[name], repeats.get(name, 1)))
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def _time(call: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
