@@ -1,1 +1,1 @@
-"""Side-by-side measurements: the same work for every contender, in one run, in turns. Importing this imports nothing heavy."""
+"""Side-by-side measurements: the same work for every contender, in one run, in turns. Importing it is cheap."""

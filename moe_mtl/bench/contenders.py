@@ -1,8 +1,8 @@
-"""The libraries that are measured. Each builds the same model, answers the same rows and trains an epoch in its own way.
+"""The libraries that are measured: each builds the same model, answers the same rows and trains an epoch its own way.
 
-Peers are imported only when they take part; one that is not installed is left out and said so. Each runs at the fastest settings it
-documents: no regularisation (ours has none here), numeric columns as one dense feature, no metrics while training, no loader processes
-(they do not help), fused Adam for all.
+Peers are imported only when they take part; one that is not installed is left out and said so. Each runs at the fastest
+settings it documents: no regularisation (ours has none here), numeric columns as one dense feature, no metrics while
+training, no loader processes (they do not help), fused Adam for all.
 """
 
 import contextlib
@@ -116,7 +116,7 @@ class Ours:
 
 
 class TorchRechub:
-    """torch-rechub. Its MLPs hold a batch norm after every linear layer, those of the gates included: that cannot be turned off."""
+    """torch-rechub. Its MLPs, those of the gates included, hold a batch norm after every linear layer: no switch."""
 
     name = package = "torch-rechub"
 
@@ -160,8 +160,8 @@ class TorchRechub:
 
 
 class DeepCTR:
-    """deepctr-torch. It builds as many shared experts as specific ones whatever was asked, and runs the shared gate of PLE's last level
-    although nothing reads it."""
+    """deepctr-torch. It builds as many shared experts as specific ones whatever was asked, and runs the shared gate of
+    PLE's last level although nothing reads it."""
 
     name = package = "deepctr-torch"
 

@@ -22,7 +22,7 @@ def peak_memory(contender: str, shape: Shape, rows: int, batch_size: int, seed: 
         threads: of torch.
 
     Returns:
-        `peak`: the most the process ever held; `above_imports`: how much of that came after rows and libraries were loaded.
+        `peak`: the most the process ever held; `above_imports`: how much came after rows and libraries were loaded.
 
     Raises:
         RuntimeError: the process failed; with the end of what it said.

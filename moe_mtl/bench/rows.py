@@ -18,7 +18,7 @@ NUM_ROWS = 59_871
 
 
 def generated_rows(num_rows: int, seed: int) -> tuple[Rows, tuple[int, ...]]:
-    """Rows with the cardinalities of census-income-half and two random labels: their values are noise, their cost is not.
+    """Rows with the cardinalities of census-income-half and two random labels: values are noise, the cost is not.
 
     Returns:
         the rows, and the categories of each categorical column.

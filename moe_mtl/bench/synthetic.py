@@ -1,11 +1,12 @@
 """The synthetic study of MMoE: does a shared bottom fall behind as the tasks grow apart?
 
-Ma et al., "Modeling Task Relationships in Multi-task Learning with Multi-gate Mixture-of-Experts", KDD 2018, section 3.3 and figure 4:
-two regression tasks of a known correlation; shared bottom, OMoE and MMoE of the same number of parameters. The generator draws its
-sines anew each time, so that one data set says little: losses are averaged over draws and compared pair by pair on the same draw.
+Ma et al., "Modeling Task Relationships in Multi-task Learning with Multi-gate Mixture-of-Experts", KDD 2018, section
+3.3 and figure 4: two regression tasks of a known correlation; shared bottom, OMoE and MMoE of the same number of
+parameters. The generator draws its sines anew each time, so that one data set says little: losses are averaged over
+draws and compared pair by pair on the same draw.
 
-Differs from the paper in: 20 draws, not 200 runs; learning rates are chosen on validation rows; all draws train at once, as one
-batch of models.
+Differs from the paper in: 20 draws, not 200 runs; learning rates are chosen on validation rows; all draws train at
+once, as one batch of models.
 
 Shapes: `N` draws, `B` rows, `D` features, `T` tasks.
 """
@@ -43,7 +44,7 @@ class Options:
         correlations: cosines between the tasks' weight vectors.
         models: of shared_bottom, omoe, mmoe.
         draws: data sets per correlation.
-        learning_rates: the one with the least validation loss, averaged over the draws, is chosen per model and correlation.
+        learning_rates: the one with the least mean validation loss is chosen per model and correlation.
         epochs: passes over the training rows.
         batch_size: rows per step.
         scale: c, the length of the weight vectors: how far the sines bend.
@@ -105,7 +106,7 @@ def draw(correlation: float, options: Options) -> Draws:
 
 
 def build(name: str, num_features: int) -> TabularModel:
-    """The paper's sizes: 8 experts of 16 units, towers of 8; the shared bottom as wide as that many parameters allow (113 for 100)."""
+    """The paper's sizes: 8 experts of 16 units, towers of 8; the shared bottom as wide as those allow: 113."""
     model = model_class(name)
     sizes: dict[str, Any] = EXPERTS
     if name == "shared_bottom":
@@ -123,7 +124,7 @@ def build(name: str, num_features: int) -> TabularModel:
 
 
 class _Core(nn.Module):
-    """Trunk and towers: what is left of a model once its inputs are known to be sound; that check cannot run under vmap."""
+    """Trunk and towers: a model without the check of its inputs, which cannot run under vmap."""
 
     def __init__(self, model: TabularModel):
         super().__init__()
@@ -135,7 +136,7 @@ class _Core(nn.Module):
 
 
 def train(name: str, draws: Draws, learning_rate: float, options: Options) -> dict[str, list[float]]:
-    """Trains one model per draw, all in one batch of models; Adam works number by number, so they do not touch each other.
+    """Trains one model per draw, all in one batch; Adam works number by number, so they do not touch each other.
 
     Returns:
         mean squared error over both tasks, by draw, after the last epoch: `train`, `validation`, `test`.
@@ -169,9 +170,9 @@ def run(options: Options, progress: Callable[[str], None] = lambda line: None) -
     """Runs the study.
 
     Returns:
-        as JSON types: per correlation the label correlation, per model the chosen learning rate and the test losses by draw, and per
-        pair of models the mean difference with its standard error; and `gap`, how the shared bottom's lag on MMoE grows from the
-        highest to the lowest correlation.
+        as JSON types: per correlation the label correlation, per model the chosen learning rate and the test losses by
+        draw, and per pair of models the mean difference with its standard error; and `gap`, how the shared bottom's lag
+        on MMoE grows from the highest to the lowest correlation.
     """
     before = torch.get_num_threads()
     if options.threads is not None:
@@ -180,7 +181,11 @@ def run(options: Options, progress: Callable[[str], None] = lambda line: None) -
         rows = []
         for correlation in options.correlations:
             draws = draw(correlation, options)
-            row: dict[str, Any] = {"correlation": correlation, "label_correlation": _label_correlation(draws), "models": {}}
+            row: dict[str, Any] = {
+                "correlation": correlation,
+                "label_correlation": _label_correlation(draws),
+                "models": {},
+            }
             for name in options.models:
                 tried = {rate: train(name, draws, rate, options) for rate in options.learning_rates}
                 rate = min(tried, key=lambda r: statistics.fmean(tried[r]["validation"]))
@@ -240,8 +245,10 @@ def table(result: Mapping[str, Any]) -> str:
         says = "holds" if gap["holds"] else "does not hold"
         lines += [
             "",
-            f"the shared bottom's lag on MMoE grows by {gap['growth']['mean']:.5f} ± {gap['growth']['standard_error']:.5f} from correlation "
-            f"{gap['highest']:.2f} to {gap['lowest']:.2f}: the paper's ordering {says} (growth and lag above two standard errors)",
+            f"the shared bottom's lag on MMoE grows by {gap['growth']['mean']:.5f}"
+            f" ± {gap['growth']['standard_error']:.5f}"
+            f" from correlation {gap['highest']:.2f} to {gap['lowest']:.2f}: the paper's ordering {says}"
+            " (growth and lag above two standard errors)",
         ]
     return "\n".join(lines)
 

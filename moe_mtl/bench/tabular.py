@@ -1,7 +1,8 @@
 """`moe-mtl bench tabular`: training and answering beside torch-rechub and deepctr-torch.
 
-One run, the same tensors and shapes for all, in turns; ratios are medians over rounds measured side by side. Beside each figure stands
-its floor: the time of the bare matrix products in the faster of two forms, three times over for training.
+One run, the same tensors and shapes for all, in turns; ratios are medians over rounds measured side by side. Beside
+each figure stands its floor: the time of the bare matrix products in the faster of two forms, three times over for
+training.
 """
 
 import json
@@ -98,7 +99,8 @@ def run(options: Options, progress: Callable[[str], None] = lambda line: None) -
             "bench": "tabular",
             "versions": versions,
             "machine": {"cpu": _cpu(), "threads": torch.get_num_threads(), "python": platform.python_version()},
-            "options": asdict(options) | {key: list(value) for key, value in asdict(options).items() if isinstance(value, tuple)},
+            "options": asdict(options)
+            | {key: list(value) for key, value in asdict(options).items() if isinstance(value, tuple)},
         }
         for part, measure in (("latency", _latency), ("training", _training), ("memory", _memory)):
             if part in options.parts:

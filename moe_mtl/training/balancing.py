@@ -109,7 +109,7 @@ class LossBalancer(nn.Module):
         super().__init__()
         self.name, self.tasks = name, list(tasks)
         self.method = build_method("loss_balancing", name, options, len(self.tasks))
-        self._present: Tensor | None = None
+        self._present = torch.ones(len(self.tasks), dtype=torch.bool)
         for parameter in self.method.parameters():
             # The weight of a task that the batch has no label of must stay where it is.
             parameter.register_hook(lambda gradient: gradient * self._present.to(gradient))
@@ -186,23 +186,25 @@ class GradientBalancer(nn.Module):
         # TorchJD would give unreached parameters a gradient of zeros, which weight decay and momentum turn into a
         # movement.
         reached = _leaves(rows)
-        shared = [parameter for parameter in shared if parameter in reached]
-        if rows and shared:
+        inputs = [parameter for parameter in shared if parameter in reached]
+        if rows and inputs:
             # Row by row: vmap, the default, fails on custom autograd functions and on compiled ones.
-            backward(rows, inputs=shared, parallel_chunk_size=1)
-            jac_to_grad(shared, self.method)
+            backward(rows, inputs=inputs, parallel_chunk_size=1)
+            jac_to_grad(inputs, self.method)  # type: ignore[call-overload]
 
 
 def _leaves(tensors: Iterable[Tensor]) -> set[Tensor]:
     """The leaf tensors that the graphs of `tensors` reach."""
-    leaves, seen, queue = set(), set(), [tensor.grad_fn for tensor in tensors]
+    leaves: set[Tensor] = set()
+    seen: set[Any] = set()
+    queue = [tensor.grad_fn for tensor in tensors]
     while queue:
         node = queue.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if node.name() == "torch::autograd::AccumulateGrad":
-            leaves.add(node.variable)
+            leaves.add(node.variable)  # type: ignore[attr-defined]
         queue.extend(following for following, _ in node.next_functions)
     return leaves
 
@@ -235,9 +237,10 @@ def load_balancer_state(balancer: LossBalancer | GradientBalancer, state: Mappin
     for name, module in modules.items():
         vars(module).update(state[name]["attributes"])
         for key, value in state[name]["tensors"].items():
-            if key in module._parameters:
+            parameter = module._parameters.get(key)
+            if parameter is not None:
                 with torch.no_grad():
-                    module._parameters[key].copy_(value)
+                    parameter.copy_(value)
             else:
                 module._buffers[key] = value
 
@@ -246,7 +249,8 @@ _INHERITED = set(vars(nn.Module()))
 
 
 def _stateful(balancer: LossBalancer | GradientBalancer) -> list[tuple[str, nn.Module]]:
-    return [(name, module) for name, module in balancer.method.named_modules() if isinstance(module, torchjd.Stateful)]
+    modules: list[tuple[str, nn.Module]] = list(balancer.method.named_modules())
+    return [(name, module) for name, module in modules if issubclass(type(module), torchjd.Stateful)]
 
 
 def _is_plain(value: Any) -> bool:

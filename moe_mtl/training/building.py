@@ -27,8 +27,8 @@ def build(recipe: Recipe, splits: DataSplits) -> tuple[MultiTaskModel, TabularPr
     if section.source is None:
         processor = _with_tasks(fitted, _chosen(section.tasks, list(fitted.labels), "model.tasks"))
         fields = {"features": processor.features, "tasks": _weighted(processor, recipe)}
-        model = _configured(section.type, fields | section.config)
-        new = set()
+        model = _configured(str(section.type), fields | section.config)
+        new: set[str] = set()
     else:
         model, processor, new = _from_saved(section, fitted, recipe)
     _freeze(model, section.freeze, new)
@@ -38,10 +38,11 @@ def build(recipe: Recipe, splits: DataSplits) -> tuple[MultiTaskModel, TabularPr
 def _from_saved(
     section: ModelSection, fitted: TabularProcessor, recipe: Recipe
 ) -> tuple[MultiTaskModel, TabularProcessor, set[str]]:
+    source = str(section.source)
     if section.tasks is not None:
         raise RecipeError("model.tasks chooses the tasks of a new model; with model.from use add_tasks and drop_tasks")
-    model = AutoModelForMultiTask.from_pretrained(section.source)
-    saved = TabularProcessor.from_pretrained(section.source)
+    model = AutoModelForMultiTask.from_pretrained(source)
+    saved = TabularProcessor.from_pretrained(source)
     if section.drop_tasks:
         _chosen(section.drop_tasks, model.tasks, "model.drop_tasks")
         kept = [task for task in model.tasks if task not in section.drop_tasks]

@@ -90,9 +90,13 @@ def find_last_complete_checkpoint(folder: str | Path) -> Path | None:
 
 
 def keep_last_checkpoints(folder: str | Path, keep: int) -> None:
-    """Removes all but the latest `keep` checkpoints, and what interrupted writes left behind."""
+    """Removes all but the latest `keep` checkpoints."""
     for path in checkpoints_in(folder)[:-keep] if keep else checkpoints_in(folder):
         shutil.rmtree(path)
+
+
+def remove_stale_staging(folder: str | Path) -> None:
+    """Removes what interrupted writes of checkpoints left behind."""
     for path in Path(folder).glob(f".{PREFIX}*"):
         if _STALE.fullmatch(path.name):
             shutil.rmtree(path)

@@ -99,17 +99,17 @@ def counted(
         if task.name not in logits or task.name not in labels:
             continue
         rows_B = counted_rows(task, labels).numpy()
-        label = labels[task.name]
+        score, label = logits[task.name], labels[task.name]
         if task.kind == "regression":
-            score, label = logits[task.name], label.reshape(logits[task.name].shape)
+            label = label.reshape(score.shape)
             if unscale is not None:
                 score, label = unscale(task.name, score), unscale(task.name, label)
-            score, label = score.double().numpy(), label.double().numpy()
+            label = label.double()
         else:
-            score, label = task.predict(logits[task.name]).double().numpy(), label.numpy()
+            score = task.predict(score)
         weight = None if weights is None or task.name not in weights else weights[task.name].double().numpy()[rows_B]
         group = None if groups is None else groups[rows_B]
-        out[task.name] = Rows(task.name, score[rows_B], label[rows_B], weight, group)
+        out[task.name] = Rows(task.name, score.double().numpy()[rows_B], label.numpy()[rows_B], weight, group)
     return out
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from ..naming import nearest
 from .strict import RecipeError, build, check, read_yaml, unbuild
 
-_ALIASES = {"uniform": None, "uncertainty": "UW", "dwa": "DWA", "random": "Random"}
+_ALIASES = {"uncertainty": "UW", "dwa": "DWA", "random": "Random"}
 
 
 @dataclass
@@ -231,10 +231,11 @@ class Recipe:
     def loss_method(self) -> tuple[str, dict[str, Any]] | None:
         """Name of TorchJD's scalarizer and its options, or None where the losses are simply added."""
         name, options = _method(self.train.loss_balancing, "train.loss_balancing")
-        name = _ALIASES.get(name, name)
-        if name is None and options:
+        if name != "uniform":
+            return _ALIASES.get(name, name), options
+        if options:
             raise RecipeError(f"train.loss_balancing: 'uniform' has no options, found {', '.join(options)}")
-        return None if name is None else (name, options)
+        return None
 
     @property
     def gradient_method(self) -> tuple[str, dict[str, Any]] | None:
@@ -314,10 +315,10 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[tuple[str, str]] =
 def parse_recipe(content: Mapping[str, Any], overrides: Iterable[tuple[str, str]] = ()) -> Recipe:
     """A recipe from its YAML content; raises as `load_recipe` does."""
     check(isinstance(content, Mapping), "recipe", "a mapping of sections", content)
-    content = _copy(content)
+    own = _copy(content)
     for key, value in overrides:
-        _override(content, key, value)
-    recipe = build(Recipe, content)
+        _override(own, key, value)
+    recipe = build(Recipe, own)
     recipe.validate()
     return recipe
 

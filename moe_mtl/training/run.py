@@ -23,7 +23,7 @@ from ..models import AutoModelForMultiTask, MultiTaskModel
 from .balancing import build_method
 from .building import build
 from .callbacks import ExpertHealth, Progress
-from .checkpoints import checkpoints_in, keep_last_checkpoints, save_model
+from .checkpoints import checkpoints_in, keep_last_checkpoints, remove_stale_staging, save_model
 from .evaluation import Evaluation, evaluate_table
 from .metrics import Metrics, standard_errors
 from .recipe import Recipe, RecipeError, TrainSection, load_recipe, recipe_sha256
@@ -264,6 +264,7 @@ def _check_methods(recipe: Recipe) -> None:
 
 
 def _check_folder(output_dir: Path, recipe: Recipe, resume: bool) -> None:
+    remove_stale_staging(output_dir)
     require_replaceable(output_dir)
     if not resume:
         if checkpoints_in(output_dir):
@@ -341,3 +342,4 @@ def _save(
         write_atomically(staging / METRICS, json.dumps(record, indent=1, allow_nan=False) + "\n")
         write_manifest(staging)
     keep_last_checkpoints(output_dir, 0)
+    remove_stale_staging(output_dir)

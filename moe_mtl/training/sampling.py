@@ -93,15 +93,20 @@ class BatchLoader(DataLoader):
         process: int = 0,
         processes: int = 1,
     ):
-        sampler = batches if processes == 1 else _Share(batches, process, processes)
+        share: Any = batches if processes == 1 else _Share(batches, process, processes)
+        self.batches = share
         # Its own generator: a DataLoader draws a seed each epoch, from the one that dropout uses unless told otherwise.
         super().__init__(
-            dataset, batch_sampler=sampler, collate_fn=as_is, pin_memory=pin_memory, generator=torch.Generator()
+            dataset, batch_sampler=share, collate_fn=_as_is, pin_memory=pin_memory, generator=torch.Generator()
         )
 
     def set_epoch(self, epoch: int) -> None:
         """The trainer calls it before each pass."""
-        self.batch_sampler.set_epoch(epoch)
+        self.batches.set_epoch(epoch)
+
+
+def _as_is(batch: Any) -> Any:
+    return as_is(batch)
 
 
 class _Share:

@@ -55,7 +55,7 @@ def unbuild(value: Any) -> Any:
     """The YAML content that `build` reads back."""
     if not dataclasses.is_dataclass(value):
         return value
-    out = {}
+    out: dict[str, Any] = {}
     for field in dataclasses.fields(value):
         content = unbuild(getattr(value, field.name))
         if field.metadata.get("rest"):
@@ -94,7 +94,7 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
     if origin is dict:
         check(isinstance(value, Mapping), where, "a mapping", value)
         return {str(key): coerce(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return build(hint, value, where)
     if hint is float:
         value = _numbers(value)

@@ -31,6 +31,7 @@ from .checkpoints import (
     PREFIX,
     find_last_complete_checkpoint,
     keep_last_checkpoints,
+    remove_stale_staging,
     save_model,
     verify_checkpoint,
     writing_checkpoint,
@@ -79,6 +80,15 @@ class MultiTaskTrainer(Trainer):
         RecipeError: settings that cannot go together.
     """
 
+    # Narrower than the library has them.
+    model: MultiTaskModel
+    args: TrainingArguments
+    train_dataset: TensorTable | None
+    eval_dataset: TensorTable | dict[str, TensorTable] | None
+    processing_class: TabularProcessor | None  # type: ignore[assignment]
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LambdaLR
+
     def __init__(
         self,
         model: MultiTaskModel,
@@ -104,7 +114,7 @@ class MultiTaskTrainer(Trainer):
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processing_class,
+            processing_class=processing_class,  # type: ignore[arg-type]
             callbacks=list(callbacks),
         )
         vars(model.config).pop("use_cache", None)  # the library writes it into every config; ours have no such field
@@ -160,7 +170,8 @@ class MultiTaskTrainer(Trainer):
                 raise RecipeError(
                     f"{where} differentiates each loss itself, past the gradient scaler that fp16 needs; use bf16"
                 )
-            if (args.activation_checkpointing_kwargs or {}).get("use_reentrant") and args.activation_checkpointing:
+            checkpointing = dict(args.activation_checkpointing_kwargs or {})  # type: ignore[arg-type]
+            if args.activation_checkpointing and "use_reentrant" in checkpointing and checkpointing["use_reentrant"]:
                 raise RecipeError(
                     f"{where} cannot differentiate through re-entrant checkpointing; set use_reentrant to false"
                 )
@@ -175,14 +186,13 @@ class MultiTaskTrainer(Trainer):
             raise ValueError("training needs encoded rows with labels, found none")
         table, size, seed = self.train_dataset, self._train_batch_size, self.args.data_seed
         seed = self.args.seed if seed is None else seed
-        if self.task_sampling is None:
-            dataset, batches = table, ShuffledBatches(len(table), size, seed)
-        else:
-            labelled = [task for task in self.tasks if task.name in table.tensors["labels"]]
-            dataset = TaskRows(table, labelled)
-            batches = TaskBatches(labelled, table.tensors["labels"], size, self.task_sampling.temperature, seed)
         pin = self.args.dataloader_pin_memory and self.args.device.type == "cuda"
-        return BatchLoader(dataset, batches, pin, self.args.process_index, self.args.world_size)
+        place = (self.args.process_index, self.args.world_size)
+        if self.task_sampling is None:
+            return BatchLoader(table, ShuffledBatches(len(table), size, seed), pin, *place)
+        labelled = [task for task in self.tasks if task.name in table.tensors["labels"]]
+        batches = TaskBatches(labelled, table.tensors["labels"], size, self.task_sampling.temperature, seed)
+        return BatchLoader(TaskRows(table, labelled), batches, pin, *place)
 
     # --- one step ---
 
@@ -204,19 +214,20 @@ class MultiTaskTrainer(Trainer):
         if self.args.device.type == "cpu":  # elsewhere reading a value stalls the device: see _maybe_log_save_evaluate
             self.watch.require_finite(self.state.global_step, self.state.epoch)
         share = 1 / self.current_gradient_accumulation_steps
-        if self.loss_balancer is None and self.gradient_balancer is None:
+        if self._balancer is None:
             return self._backward(output.loss * share)
         labels = inputs["labels"]
         present = [t.name for t in self.tasks if t.name in labels and bool(counted_rows(t, labels).any())]
         losses = {name: loss * (self._weights[name] * share) for name, loss in output.task_losses.items()}
         auxiliary = None if output.auxiliary_loss is None else output.auxiliary_loss * share
-        if self.gradient_balancer is not None:
-            self.gradient_balancer.backward(losses, present, auxiliary)
-            return output.loss.detach() * share
-        # The method sees losses of whole batches: it may not be linear in them.
-        whole = {name: loss * self._weights[name] for name, loss in output.task_losses.items()}
-        loss = self.loss_balancer(whole, present) * share
-        return self._backward(loss if auxiliary is None else loss + auxiliary)
+        if self.loss_balancer is not None:
+            # The method sees losses of whole batches: it may not be linear in them.
+            whole = {name: loss * self._weights[name] for name, loss in output.task_losses.items()}
+            loss = self.loss_balancer(whole, present) * share
+            return self._backward(loss if auxiliary is None else loss + auxiliary)
+        assert self.gradient_balancer is not None
+        self.gradient_balancer.backward(losses, present, auxiliary)
+        return output.loss.detach() * share
 
     def _backward(self, loss: Tensor) -> Tensor:
         if self._is_plain:
@@ -295,7 +306,7 @@ class MultiTaskTrainer(Trainer):
 
     # --- evaluation ---
 
-    def evaluate(
+    def evaluate(  # type: ignore[override]
         self,
         eval_dataset: TensorTable | dict[str, TensorTable] | None = None,
         ignore_keys: list[str] | None = None,
@@ -323,14 +334,15 @@ class MultiTaskTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def predict(
+    def predict(  # type: ignore[override]
         self, test_dataset: TensorTable, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
         """Logits by task, labels by task and metrics."""
         result = self._evaluation(test_dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.flat().items()}
-        labels = {name: values.numpy() for name, values in test_dataset.tensors["labels"].items()}
-        return PredictionOutput({name: values.numpy() for name, values in result.logits.items()}, labels, metrics)
+        labels: Any = {name: values.numpy() for name, values in test_dataset.tensors["labels"].items()}
+        logits: Any = {name: values.numpy() for name, values in result.logits.items()}
+        return PredictionOutput(logits, labels, metrics)
 
     def _evaluation(self, table: TensorTable) -> Evaluation:
         unscale = None if self.processing_class is None else self.processing_class.unscale
@@ -351,17 +363,16 @@ class MultiTaskTrainer(Trainer):
             ValueError: there is none.
             TrainingDivergedError: a loss is not finite.
         """
-        keep = self.args.save_total_limit
+        folder = Path(str(self.args.output_dir))
+        checkpoint: Path | None = None
         if resume_from_checkpoint is True:
-            checkpoint = find_last_complete_checkpoint(self.args.output_dir)
+            checkpoint = find_last_complete_checkpoint(folder)
             if checkpoint is None:
-                raise ValueError(f"expected a complete checkpoint in {self.args.output_dir}, found none")
+                raise ValueError(f"expected a complete checkpoint in {folder}, found none")
         elif resume_from_checkpoint:
-            checkpoint = verify_checkpoint(resume_from_checkpoint)
-        else:
-            checkpoint = None
-        if self.accelerator.is_main_process and keep:
-            keep_last_checkpoints(self.args.output_dir, max(keep, 1000))  # only what interrupted writes left
+            checkpoint = verify_checkpoint(Path(resume_from_checkpoint))
+        if self.accelerator.is_main_process:
+            remove_stale_staging(folder)
         gc.freeze()  # accelerate begins with a full collection, which would walk all that the imports have made
         try:
             return super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
@@ -374,7 +385,7 @@ class MultiTaskTrainer(Trainer):
         if not self.args.should_save:
             return
         self.store_flos()
-        folder = Path(self.args.output_dir)
+        folder = Path(str(self.args.output_dir))
         with writing_checkpoint(folder / f"{PREFIX}{self.state.global_step}") as staging:
             save_model(self.model, staging)
             if self.processing_class is not None:

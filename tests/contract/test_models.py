@@ -153,26 +153,24 @@ def test_experts_differ_at_the_start(model_type: str) -> None:
                     assert not torch.allclose(weight[0], weight[i], atol=1e-2), name
 
 
-@all_variants
-def test_every_task_can_be_learnt(variant: str) -> None:
+@all_types
+def test_every_kind_of_task_can_be_learnt(model_type: str) -> None:
     """The loss of a handful of rows falls far below that of a guess: no part is cut off from its gradient."""
-    torch.manual_seed(0)
-    model = zoo.variant_of(variant, dropout=0.0, embedding_dropout=0.0)
+    model = zoo.model_of(model_type, dropout=0.0, embedding_dropout=0.0, tasks=[zoo.TASKS[i] for i in (0, 3, 4, 5)])
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d):
             module.reset_running_stats()
     model.train()
     inputs, labels = zoo.inputs_of(model.config, rows=8), zoo.labels_of(model.config, rows=8)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     first = model(**inputs, labels=labels).task_losses
-    for _ in range(120):
+    for _ in range(60):
         loss = sum(model(**inputs, labels=labels).task_losses.values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    last = model(**inputs, labels=labels).task_losses
-    for task in first:
-        assert last[task].item() < max(0.5 * first[task].item(), 0.1), task
+    for task, loss in model(**inputs, labels=labels).task_losses.items():
+        assert loss.item() < max(0.5 * first[task].item(), 0.1), task
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -313,7 +311,7 @@ class Answers(nn.Module):
 
 @all_types
 def test_export_for_any_batch(model_type: str) -> None:
-    model = zoo.model_of(model_type)
+    model = zoo.model_of(model_type, tasks=zoo.TASKS[:4])
     example, other = zoo.inputs_of(model.config, rows=4), zoo.inputs_of(model.config, rows=1500, seed=5)
     batch = torch.export.Dim.DYNAMIC
     with torch.no_grad():
@@ -321,7 +319,7 @@ def test_export_for_any_batch(model_type: str) -> None:
             Answers(model), tuple(example.values()), dynamic_shapes=tuple({0: batch} for _ in example)
         )
         got = program.module()(*other.values())
-        close(dict(zip(zoo.TASK_NAMES, got, strict=True)), model(**other).logits)
+        close(dict(zip(model.tasks, got, strict=True)), model(**other).logits)
 
 
 # --- routing ----------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ EXPECTED_SKIPS = {
         "test_moe_models_record_router_logits",
         "test_output_router_logits_from_config",
     ],
-    "it has no parts of its own config, no plan for tensor parallelism, no renamed weights, no module kept in float32": [
+    "it has no sub-config, no plan for tensor parallelism, no renamed weights, no module kept in float32": [
         "test_can_capture_specific_layers_hidden_states",
         "test_can_load_from_already_mapped_keys",
         "test_capture_outputs_decorator",

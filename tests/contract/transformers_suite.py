@@ -25,11 +25,16 @@ ROWS = 5
 TASKS = [task for task in zoo.TASKS if task["name"] in ("view", "colour")]
 
 
-def config_of(model_type: str) -> Any:
+@functools.cache
+def _config(model_type: str) -> Any:
     config = zoo.config_of(model_type, tasks=TASKS)
     if config.num_hidden_layers > 2:  # upstream insists on small models
         config = zoo.config_of(model_type, tasks=TASKS, num_levels=2)
     return config
+
+
+def config_of(model_type: str) -> Any:
+    return copy.deepcopy(_config(model_type))
 
 
 @functools.cache
@@ -46,7 +51,7 @@ class ModelTester:
 
     def __init__(self, model_type: str):
         self.model_type = model_type
-        self.num_hidden_layers = config_of(model_type).num_hidden_layers
+        self.num_hidden_layers = _config(model_type).num_hidden_layers
         self.hidden_size = encoded_width(model_type)
 
     def get_config(self) -> Any:
@@ -73,7 +78,7 @@ class CommonTests(ModelTesterMixin):
     def setUp(self) -> None:  # noqa: N802 - unittest's name
         torch.manual_seed(0)
         self.model_tester = ModelTester(self.model_type)
-        config = config_of(self.model_type)
+        config = _config(self.model_type)
         self.config_tester = StrictConfigTester(
             self,
             config_class=type(config),

@@ -18,6 +18,7 @@ from moe_mtl.training.checkpoints import (
     checkpoints_in,
     find_last_complete_checkpoint,
     keep_last_checkpoints,
+    remove_stale_staging,
     verify_checkpoint,
 )
 from moe_mtl.training.recipe import EarlyStopping, TaskSampling, TrainSection
@@ -156,6 +157,7 @@ def test_only_our_leavings_are_removed(tmp_path):
     ):
         (tmp_path / name).mkdir()
     keep_last_checkpoints(tmp_path, 1)
+    remove_stale_staging(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-x", ".checkpoint-notes", "runs"}
     keep_last_checkpoints(tmp_path, 0)
     assert not checkpoints_in(tmp_path)

@@ -322,6 +322,7 @@ def test_an_interrupted_run_resumes_and_nothing_else_takes_its_folder(tmp_path, 
     assert "config.json" not in {path.name for path in (tmp_path / "out").iterdir()}
     with pytest.raises(FileExistsError, match="unfinished run"):
         run(tiny(max_steps=30), tmp_path / "out", progress=False)
+    (tmp_path / "out" / ".checkpoint-18.staging-0123abcd").mkdir()  # what a kill during a save leaves
     with pytest.raises(RecipeError, match="another recipe or seed"):
         run(tiny(max_steps=31), tmp_path / "out", progress=False, resume=True)
     resumed = run(tiny(max_steps=30), tmp_path / "out", progress=False, resume=True)

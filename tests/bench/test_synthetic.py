@@ -1,0 +1,87 @@
+"""The synthetic study at toy size: its models, its batch of draws against one model alone, its figures."""
+
+import json
+
+import pytest
+import torch
+
+from moe_mtl.bench import synthetic
+from moe_mtl.bench.synthetic import Draws, Options, build, draw, run, train
+
+TINY = Options(correlations=(1.0, 0.0), draws=2, learning_rates=(1e-3, 1e-2), epochs=1, batch_size=50, rows=100)
+
+
+def test_models_have_the_papers_sizes_and_about_as_many_parameters():
+    assert build("shared_bottom", 100).config.bottom_dims == [113]  # 112.55 in the paper's formula
+    counts = {name: sum(p.numel() for p in build(name, 100).parameters()) for name in ("shared_bottom", "omoe", "mmoe")}
+    assert counts["mmoe"] - counts["omoe"] == 100 * 8
+    # What the gates add is all that differs by much.
+    assert abs(counts["omoe"] - 100 * 8 - counts["shared_bottom"]) / counts["shared_bottom"] < 0.02
+
+
+def test_a_draw_keeps_its_inputs_and_sines_at_every_correlation():
+    near, far = draw(1.0, TINY), draw(0.0, TINY)
+    assert torch.equal(near.train[0], far.train[0])
+    assert near.train[0].shape == (2, 100, 100)
+    assert near.test[1].shape == (2, 1000, 2)
+    assert torch.allclose(near.train[1][..., 0], far.train[1][..., 0])  # w1 does not depend on the correlation
+    assert not torch.equal(near.train[0][0], near.train[0][1])
+
+
+@pytest.mark.parametrize("name", ["shared_bottom", "omoe", "mmoe"])
+def test_the_batch_of_models_learns_as_each_would_alone(name):
+    draws = draw(0.5, TINY)
+    together = train(name, draws, 1e-2, TINY)
+    # The second draw alone, through the model's own forward; weights as the study drew them.
+    torch.manual_seed(TINY.seed)
+    model = [build(name, 100) for _ in range(2)][1]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    order = torch.Generator().manual_seed(TINY.seed)
+    x_BD, y_BT = (part[1] for part in draws.train)
+    for index in torch.randperm(100, generator=order).split(50):
+        optimizer.zero_grad()
+        logits = model(numeric=x_BD[index]).logits
+        (torch.cat(list(logits.values()), dim=1) - y_BT[index]).square().mean().backward()
+        optimizer.step()
+    x_BD, y_BT = (part[1] for part in draws.test)
+    logits = model(numeric=x_BD).logits
+    alone = (torch.cat(list(logits.values()), dim=1) - y_BT).square().mean().item()
+    assert together["test"][1] == pytest.approx(alone, rel=1e-4)
+
+
+def test_the_study_reports_paired_differences(tmp_path, capsys):
+    result = synthetic.main(Options(**{**vars(TINY), "output": str(tmp_path)}))
+    assert json.loads((tmp_path / "synthetic.json").read_text()) == result
+    assert [row["correlation"] for row in result["correlations"]] == [1.0, 0.0]
+    for row in result["correlations"]:
+        assert set(row["models"]) == {"shared_bottom", "omoe", "mmoe"}
+        own, theirs = row["models"]["shared_bottom"], row["models"]["mmoe"]
+        gap = row["differences"]["shared_bottom - mmoe"]
+        assert gap["mean"] == pytest.approx(own["test"]["mean"] - theirs["test"]["mean"])
+        pairs = torch.tensor(own["by_draw"]) - torch.tensor(theirs["by_draw"])
+        assert gap["standard_error"] == pytest.approx(float(pairs.std() / 2**0.5), rel=1e-3)
+        assert gap["worse_in"] == int((pairs > 0).sum())
+    printed = capsys.readouterr().out
+    assert "shared_bottom - mmoe" in printed
+    assert "the paper's ordering" in printed
+
+
+def test_the_learning_rate_is_chosen_on_validation_rows(monkeypatch):
+    losses = {
+        1e-3: {"train": 1.0, "validation": 1.0, "test": 5.0},
+        1e-2: {"train": 0.0, "validation": 2.0, "test": 0.0},
+    }
+    empty = Draws(*[(torch.zeros(2, 1, 1), torch.tensor([[[0.0, 1.0], [1.0, 0.0]]] * 2))] * 3)
+    monkeypatch.setattr(synthetic, "draw", lambda correlation, options: empty)
+    fake = lambda name, draws, rate, options: {part: [loss, loss] for part, loss in losses[rate].items()}  # noqa: E731
+    monkeypatch.setattr(synthetic, "train", fake)
+    chosen = run(TINY)["correlations"][0]["models"]["mmoe"]
+    assert (chosen["learning_rate"], chosen["test"]["mean"]) == (1e-3, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("models", ("ple",)), ("draws", 1), ("learning_rates", (0.0,)), ("epochs", 0)]
+)
+def test_options_that_make_no_sense_are_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=field):
+        Options(**{field: value})
