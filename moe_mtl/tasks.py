@@ -257,16 +257,18 @@ class Task:
             raise ValueError(f"labels of task {self.name!r}: expected a tensor, found {type(labels).__name__}")
         if not labels.dtype.is_floating_point if dtype.is_floating_point else labels.dtype != dtype:
             raise ValueError(f"labels of task {self.name!r}: expected {dtype} ({self.kind}), found {labels.dtype}")
-        shapes = {"binary": [(rows,), (rows, 1)][:1], "multiclass": [(rows,)], "multilabel": [(rows, outputs)]}.get(
-            self.kind, [(rows, outputs)] + ([(rows,)] if outputs == 1 else [])
-        )
+        shapes: list[tuple[int, ...]] = [(rows, outputs)]
+        if self.kind in ("binary", "multiclass"):
+            shapes = [(rows,)]
+        elif self.kind == "regression" and outputs == 1:
+            shapes.append((rows,))
         if tuple(labels.shape) not in shapes:
             expected = " or ".join(str(list(shape)) for shape in shapes)
             raise ValueError(f"labels of task {self.name!r}: expected shape {expected}, found {list(labels.shape)}")
         if torch.compiler.is_compiling() or labels.numel() == 0:
             return
-        low, high = torch.aminmax(torch.where(labels.isnan(), 0.0, labels) if dtype.is_floating_point else labels)
-        low, high = low.item(), high.item()
+        least, most = torch.aminmax(torch.where(labels.isnan(), 0.0, labels) if dtype.is_floating_point else labels)
+        low, high = least.item(), most.item()
         if self.kind == "multiclass":
             if high >= outputs or (low < 0 and bool(((labels < 0) & (labels != self.missing)).any())):
                 raise ValueError(

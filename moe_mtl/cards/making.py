@@ -81,14 +81,14 @@ def make(
             echo(f"{variant.model} seed {seed}: {_told(one.metrics['test'])} ({one.wall_s:.0f} s)")
 
     shipped = best_seed([one.metrics["validation"] for one in trained[chosen[0].model]])
-    folder = trained[chosen[0].model][shipped].folders["all"]
-    model, _ = load_trained(folder)
+    best = trained[chosen[0].model][shipped].folders["all"]
+    model, _ = load_trained(best)
     seeds = own.card.seeds
     rows = [
         variant.row | _cost_of(trained[variant.model][0]) | {"metrics": _metrics(trained[variant.model])}
         for variant in chosen
     ]
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(best)
     command = f"moe-mtl cards make {name}" + (f" --data.path {Path(data_path).name}" if data_path else "")
     record = {
         "name": own.card.name,
@@ -100,8 +100,8 @@ def make(
         "seeds": seeds,
         "shipped_seed": seeds[shipped],
         "weights": {
-            "sha256": file_sha256(folder / WEIGHTS),
-            "bytes": (folder / WEIGHTS).stat().st_size,
+            "sha256": file_sha256(best / WEIGHTS),
+            "bytes": (best / WEIGHTS).stat().st_size,
             "tensors": len(checkpoint.shapes),
             "elements": checkpoint.num_parameters,
         },
@@ -119,7 +119,7 @@ def make(
         earlier = load_record(zoo_folder() / own.card.name)
         if "external" in earlier and earlier["data"] == record["data"]:
             record["external"] = earlier["external"]
-    return write_card(record, folder)
+    return write_card(record, best)
 
 
 def write_card(record: dict[str, Any], trained: Path) -> Path:
@@ -178,12 +178,12 @@ def _comparison(
     found = []
     answers = {model: [answer(one, rows, batch_size) for one in trained[model]] for model in trained}
     for task in tasks:
-        judged = {model: statistics(task, answers[model]) for model in trained}
+        judged = {variant: statistics(task, answers[variant]) for variant in trained}
         metric = next(iter(trained[own][0].metrics["test"][task.name]))
         for baseline in baselines:
-            if judged[own] is not None and judged[baseline] is not None:
-                (model, count), (other, _) = judged[own], judged[baseline]
-                difference = paired_bootstrap(model, other, count, resamples=RESAMPLES, confidence=CONFIDENCE)
+            mine, theirs = judged[own], judged[baseline]
+            if mine is not None and theirs is not None:
+                difference = paired_bootstrap(mine[0], theirs[0], mine[1], resamples=RESAMPLES, confidence=CONFIDENCE)
                 found.append({"baseline": baseline, "task": task.name, "metric": metric, **vars(difference)})
     return found
 

@@ -6,6 +6,7 @@ Shapes: `B` rows, `D` input width, `E` experts, `H` expert output width.
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +91,7 @@ class ExpertBank(nn.Module):
         """Absorbs the batch norm's running statistics into the last linear layer: same output in evaluation mode."""
         if self.norm is None:
             return
-        norm = self.norm
+        norm: Any = self.norm  # its statistics are typed as optional
         scale_EO = (norm.weight / torch.sqrt(norm.running_var + norm.eps)).view(self.num_experts, -1)
         mean_EO, shift_EO = norm.running_mean.view_as(scale_EO), norm.bias.view_as(scale_EO)
         self.weights[-1].mul_(scale_EO.unsqueeze(-1))

@@ -34,6 +34,13 @@ class FeatureEncoder(nn.Module):
     Output: `[B, D]` with categorical columns first, then multi-hot and sequence, embedded numeric, plain numeric.
     """
 
+    categorical_sizes: Tensor
+    categorical_offsets: Tensor
+    bag_sizes: Tensor
+    bag_offsets: Tensor
+    like: Tensor
+    embedding: nn.Embedding
+
     def __init__(
         self,
         features: Sequence[dict[str, Any]],
@@ -50,7 +57,8 @@ class FeatureEncoder(nn.Module):
         self.poolings = [f["pooling"] for f in bags]
 
         sizes = [f["num_categories"] for f in of_kind["categorical"] + bags]
-        self.embedding = nn.Embedding(sum(sizes), embedding_dim) if sizes else None
+        if sizes:
+            self.embedding = nn.Embedding(sum(sizes), embedding_dim)
         offsets = torch.tensor([sum(sizes[:i]) for i in range(len(sizes))], dtype=torch.int64, device="cpu").tolist()
         split = len(self.categorical_names)
         self._constants = {
@@ -73,7 +81,8 @@ class FeatureEncoder(nn.Module):
             embedded = list(range(len(bins)))
         self.embedded_columns = embedded
         self.plain_columns = [i for i in range(len(bins)) if i not in set(embedded)]
-        self.numeric, self.numeric_embedding = None, numeric_embedding
+        self.numeric: Any = None
+        self.numeric_embedding = numeric_embedding
         self._bins = [bins[i] for i in embedded]
         if embedded:
             self.numeric = _numeric_embedding(numeric_embedding, self._bins, numeric_embedding_dim)
@@ -198,9 +207,9 @@ class FeatureEncoder(nn.Module):
             and not bool(torch.isfinite(numeric).all())
         ):
             row, column = (~torch.isfinite(numeric)).nonzero()[0].tolist()
-            found = numeric[row, column].item()
             raise ValueError(
-                f"column {self.numeric_names[column]!r}, row {row}: expected a finite number, found {found}"
+                f"column {self.numeric_names[column]!r}, row {row}: expected a finite number, "
+                f"found {numeric[row, column].item()}"
             )
         if categorical is not None:
             self._check_ids(categorical, self.categorical_sizes, self.categorical_names, lowest=0)
@@ -219,7 +228,7 @@ class FeatureEncoder(nn.Module):
             )
 
 
-def _numeric_embedding(kind: str, bins: Sequence[Sequence[float]], dim: int) -> nn.Module:
+def _numeric_embedding(kind: str, bins: Sequence[Any], dim: int) -> Any:
     import rtdl_num_embeddings as rtdl  # brings scikit-learn along, which takes a second
 
     # On the CPU whatever the default device: the encoding's constants are computed from the bins here.

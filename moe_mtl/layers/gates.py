@@ -4,6 +4,7 @@ Shapes: `B` rows, `D` gate input width, `E` experts, `S` selectors, `M` bits of 
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +87,8 @@ class DSelectKGate(nn.Module):
         self.num_experts, self.num_selected, self.gamma, self.static = num_experts, num_selected, gamma, static
         self.entropy_weight, self.entropy_warmup_steps = entropy_weight, entropy_warmup_steps
         self.training_step = 0
+        self.bits: Any
+        self.mixture: Any
         self.num_bits = max(1, math.ceil(math.log2(num_experts)))
         if static:
             self.bits = nn.Parameter(torch.empty(num_selected, self.num_bits))

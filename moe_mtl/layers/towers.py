@@ -36,7 +36,7 @@ class MLP(nn.Module):
     def forward(self, x_BD: Tensor) -> Tensor:
         """`[B, D] -> [B, C]`, or `[B, dims[-1]]` without an output layer."""
         for layer in self.layers:
-            x_BD = self.activation(F.linear(x_BD, layer.weight, layer.bias))
+            x_BD = self.activation(layer(x_BD))
             if self.dropout and self.training:
                 x_BD = F.dropout(x_BD, self.dropout)
-        return x_BD if self.output is None else F.linear(x_BD, self.output.weight, self.output.bias)
+        return x_BD if self.output is None else self.output(x_BD)

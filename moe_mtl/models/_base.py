@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -44,7 +45,7 @@ class MultiTaskConfig(PreTrainedConfig):
         tasks: one dict per task, see `moe_mtl.tasks.Task`. A list: JSON would sort a dict.
     """
 
-    tasks: list[dict] | None = None
+    tasks: list[dict] = field(default_factory=lambda: [{"name": "task", "kind": "binary"}])
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "last_hidden_state",
         "task_losses",
@@ -59,8 +60,6 @@ class MultiTaskConfig(PreTrainedConfig):
             if key not in known and key not in _LIBRARY_KEYS:
                 raise ValueError(f"{type(self).__name__}: unknown field {key!r}{nearest(key, known)}")
         super().__post_init__(**kwargs)
-        if self.tasks is None:
-            self.tasks = [{"name": "task", "kind": "binary"}]
         if not self.tasks:
             raise ValueError(f"{type(self).__name__}: tasks must hold at least one task, found none")
         self.tasks = [task.to_dict() for task in parse_tasks(self.tasks)]
@@ -89,9 +88,9 @@ class MultiTaskConfig(PreTrainedConfig):
                 kept.update(task.product_of or ())
         config = copy.deepcopy(self)
         config.tasks = [dict(task) for task in self.tasks if task["name"] in kept]
-        for task in config.tasks:
-            if task.get("space") not in kept:
-                task.pop("space", None)
+        for fields in config.tasks:
+            if fields.get("space") not in kept:
+                fields.pop("space", None)
         self.keep_tasks(config, read)
         config.validate()
         return config
@@ -103,7 +102,7 @@ class MultiTaskConfig(PreTrainedConfig):
 class MultiTaskModel(PreTrainedModel):
     """A model that answers several tasks, or any of them without paying for the others."""
 
-    config_class: ClassVar[type[MultiTaskConfig]]
+    config_class: type[MultiTaskConfig]
     base_model_prefix = ""
 
     @property
@@ -131,7 +130,8 @@ class MultiTaskModel(PreTrainedModel):
         kept = {name: _rows(state[name], self.rows_kept(config, name)).detach().clone() for name in small.state_dict()}
         dtype = next(self.parameters()).dtype
         small = type(self).from_pretrained(None, config=config, state_dict=kept, dtype=dtype)
-        return small.to(self.device)
+        small.to(self.device)  # type: ignore[arg-type]  # the library wraps it in a way that loses its types
+        return small
 
     def task_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by who uses them: one list per task for what it uses alone, and `shared`."""
@@ -157,7 +157,7 @@ class MultiTaskModel(PreTrainedModel):
         """Tells schedules inside the model how many optimiser steps were done; the trainer calls it."""
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # the library's takes everything as keywords of its own
         cls,
         pretrained_model_name_or_path: str | Path | None,
         *model_args: Any,

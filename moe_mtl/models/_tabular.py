@@ -53,7 +53,7 @@ class TabularConfig(MultiTaskConfig):
 
     model_type = "moe_mtl_tabular"
 
-    features: list[dict] | None = None
+    features: list[dict] = field(default_factory=lambda: [{"name": "x", "kind": "numeric"}])
     embedding_dim: int = 8
     numeric_embedding: str = "piecewise_linear"
     numeric_embedding_dim: int = 8
@@ -62,11 +62,6 @@ class TabularConfig(MultiTaskConfig):
     embedding_dropout: float | int = 0.0
     activation: str = "relu"
     initializer_range: float | int = 0.05
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if self.features is None:
-            self.features = [{"name": "x", "kind": "numeric"}]
-        super().__post_init__(**kwargs)
 
     def validate_features(self) -> None:
         names = set()
@@ -169,6 +164,7 @@ class TabularModel(MultiTaskModel):
 
     config: TabularConfig
     main_input_name = "numeric"
+    trunk: Any
 
     def __init__(self, config: TabularConfig):
         super().__init__(config)
@@ -197,11 +193,9 @@ class TabularModel(MultiTaskModel):
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.BatchNorm1d):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-            init.zeros_(module.running_mean)
-            init.ones_(module.running_var)
-            init.zeros_(module.num_batches_tracked)
+            state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+            for name, tensor in state.items():
+                (init.ones_ if name in ("weight", "running_var") else init.zeros_)(tensor)
         elif isinstance(module, (nn.Linear, FeatureEncoder, ExpertBank, DSelectKGate, FeatureGate)):
             module.reset_parameters()
 
@@ -255,7 +249,7 @@ class TabularModel(MultiTaskModel):
             x_BD, trunk, logits = self._compute(inputs, towers, output_routing)
             states = [trunk.states[name] for name in towers]
         else:
-            x_BD, trunk, logits, states = None, TrunkOutput({}), {}, []
+            x_BD, trunk = None, TrunkOutput({})
             parts = []
             for start in range(0, rows, ROWS_AT_ONCE):
                 chunk = tuple(None if x is None else x[start : start + ROWS_AT_ONCE] for x in inputs)
@@ -271,14 +265,11 @@ class TabularModel(MultiTaskModel):
         loss, losses = None, None
         if labels is not None:
             losses = self._task_losses(logits, labels, sample_weights or {})
-            parts = [task.weight * losses[task.name] for task in computed if task.name in losses]
+            terms = [task.weight * losses[task.name] for task in computed if task.name in losses]
             if trunk.auxiliary is not None:
-                parts.append(trunk.auxiliary)
-            loss = (
-                torch.stack([part.float() if part.dtype != torch.float64 else part for part in parts]).sum()
-                if parts
-                else None
-            )
+                terms.append(trunk.auxiliary)
+            if terms:
+                loss = torch.stack([term if term.dtype == torch.float64 else term.float() for term in terms]).sum()
         output = MultiTaskOutput(
             loss=loss,
             last_hidden_state=last_BTH,
@@ -286,7 +277,7 @@ class TabularModel(MultiTaskModel):
             task_losses=losses,
             auxiliary_loss=trunk.auxiliary,
             routing=trunk.routing if output_routing else None,
-            hidden_states=(x_BD, *trunk.hidden, last_BTH) if output_hidden_states else None,
+            hidden_states=(x_BD, *trunk.hidden, last_BTH) if x_BD is not None and output_hidden_states else None,
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()

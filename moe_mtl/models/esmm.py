@@ -13,7 +13,6 @@ rounds to 1 and stays so in half precision.
 
 from collections.abc import Sequence
 from dataclasses import field
-from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
@@ -29,15 +28,13 @@ class ESMMConfig(TabularConfig):
 
     model_type = "esmm"
     tower_dims: list[int] = field(default_factory=lambda: [360, 200, 80])
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if self.tasks is None:
-            self.tasks = [
-                {"name": "ctr", "kind": "binary"},
-                {"name": "cvr", "kind": "binary", "weight": 0.0, "space": "ctr"},
-                {"name": "ctcvr", "kind": "binary", "product_of": ["ctr", "cvr"]},
-            ]
-        super().__post_init__(**kwargs)
+    tasks: list[dict] = field(
+        default_factory=lambda: [
+            {"name": "ctr", "kind": "binary"},
+            {"name": "cvr", "kind": "binary", "weight": 0.0, "space": "ctr"},
+            {"name": "ctcvr", "kind": "binary", "product_of": ["ctr", "cvr"]},
+        ]
+    )
 
     def keep_tasks(self, config: "ESMMConfig", read: Reader | None) -> None:
         """Click needs one tower, conversion one, their product both."""

@@ -19,7 +19,7 @@ Shapes: `B` rows, `D` width of the encoded row, `H` expert output width.
 import copy
 from collections.abc import Sequence
 from dataclasses import field
-from typing import Self
+from typing import Any, Self
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -109,7 +109,7 @@ class HoMETrunk(nn.Module):
         width = config.expert_dims[-1]
         kept = list(dict.fromkeys(self.group_of.values()))
         meta = [*config.groups, SHARED]
-        options = {
+        options: dict[str, Any] = {
             "dims": config.expert_dims,
             "rank": config.feature_gate_rank,
             "num_gates": config.num_feature_gates,

@@ -10,6 +10,7 @@ Shapes: `B` rows, `D` width of the encoded row, `E` experts, `H` expert output w
 
 from collections.abc import Sequence
 from dataclasses import field
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from ..layers.cgc import SHARED
 from ..layers.experts import ExpertBank, dead_units, expert_names, mix_groups
 from ..layers.gates import DSelectKGate, SoftmaxGate
 from ..outputs import Routing
-from ._base import Reader, register
+from ._base import MultiTaskConfig, Reader, register
 from ._tabular import TabularConfig, TabularModel, TrunkOutput, check_count, check_dims, check_probability
 
 GATES = ("softmax", "dselect_k")
@@ -90,7 +91,7 @@ class MMoEConfig(TabularConfig):
             return
         used = set()
         for name in config.gate_names():
-            gate = self.build_gate(1)
+            gate: Any = self.build_gate(1)
             gate.bits.data = read(f"trunk.gates.{name}.bits").detach().double().cpu()
             gate.mixture.data = read(f"trunk.gates.{name}.mixture").detach().double().cpu()
             selectors_1SE, _ = gate.selectors(None)
@@ -125,7 +126,7 @@ class MMoETrunk(nn.Module):
                 auxiliary = loss if auxiliary is None else auxiliary + loss
         sees = dict.fromkeys(weights, ("experts",))
         mixed = mix_groups(weights, sees, {"experts": hidden_EBH}, together=self.training)
-        routing = ()
+        routing: tuple[Routing, ...] = ()
         if record:
             names = expert_names("experts", len(hidden_EBH))
             if self.kept is not None:
@@ -144,11 +145,12 @@ class MMoEForMultiTask(TabularModel):
     def build_trunk(self, input_dim: int) -> nn.Module:
         return MMoETrunk(self.config, input_dim)
 
-    def rows_kept(self, config: MMoEConfig, name: str) -> list[int] | None:
+    def rows_kept(self, config: MultiTaskConfig, name: str) -> list[int] | None:
+        assert isinstance(config, MMoEConfig)
         if config.experts_kept == self.config.experts_kept or not name.startswith("trunk.experts."):
             return None
         stored = self.config.experts_kept or list(range(self.config.num_experts))
-        return [stored.index(expert) for expert in config.experts_kept]
+        return [stored.index(expert) for expert in config.experts_kept or range(config.num_experts)]
 
 
 @strict

@@ -75,7 +75,7 @@ class PLETrunk(nn.Module):
 
     def __init__(self, config: PLEConfig, input_dim: int):
         super().__init__()
-        self.outputs_of = config.outputs_of
+        self.outputs_of, self.groups = config.outputs_of, config.groups if config.num_levels > 1 else config.tower_tasks
         last = config.num_levels - 1
         dims = [input_dim] + [config.expert_dims[-1]] * last
         self.levels = nn.ModuleList(
@@ -96,7 +96,7 @@ class PLETrunk(nn.Module):
         self.output_dim = config.expert_dims[-1]
 
     def forward(self, x_BD: Tensor, tasks: Sequence[str], record: bool) -> TrunkOutput:
-        streams = dict.fromkeys((*self.levels[0].groups, SHARED), x_BD)
+        streams = dict.fromkeys((*self.groups, SHARED), x_BD)
         hidden, routing = [], []
         for number, level in enumerate(self.levels):
             streams, seen = level(streams, self.outputs_of(number, tasks), record)
