@@ -115,7 +115,7 @@ def mix(weights_BE: Tensor, experts: Sequence[Tensor]) -> Tensor:
     """
     hidden_EBH = torch.cat(list(experts)) if len(experts) > 1 else experts[0]
     num_experts, rows, width = hidden_EBH.shape
-    if num_experts * width < SMALL_PRODUCT and rows > 64:
+    if num_experts * width < SMALL_PRODUCT and not torch.compiler.is_compiling() and rows > 64:
         out_BH = hidden_EBH[0] * weights_BE[:, :1]
         for expert in range(1, num_experts):
             out_BH = torch.addcmul(out_BH, hidden_EBH[expert], weights_BE[:, expert : expert + 1])
