@@ -57,9 +57,9 @@ class Options:
     correlations: tuple[float, ...] = (1.0, 0.9, 0.5, 0.0)
     models: tuple[str, ...] = ("shared_bottom", "omoe", "mmoe")
     draws: int = 20
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    epochs: int = 30
-    batch_size: int = 200
+    learning_rates: tuple[float, ...] = (3e-3, 1e-2)
+    epochs: int = 40
+    batch_size: int = 250
     scale: float = 0.3
     rows: int = 10_000
     seed: int = 0
@@ -229,24 +229,31 @@ def table(result: Mapping[str, Any]) -> str:
     """Test loss by correlation and model, and the paired differences to MMoE."""
     names = list(result["parameters"])
     others = [name for name in names if name != "mmoe" and "mmoe" in names]
-    header = ["correlation", "labels'", *names, *(f"{name} - mmoe" for name in others), "learning rates"]
+    header = ["correlation", "labels'", *names]
+    header += [text for name in others for text in (f"{name} - mmoe", "log of ratio")] + ["learning rates"]
     rows = []
     for row in result["correlations"]:
         cells = [f"{row['correlation']:.2f}", f"{row['label_correlation']:.2f}"]
         cells += [f"{row['models'][name]['test']['mean']:.5f}" for name in names]
         for name in others:
             difference = row["differences"][f"{name} - mmoe"]
+            ratio = difference["log_ratio"]
             cells.append(f"{difference['mean']:+.5f} ± {difference['standard_error']:.5f}")
+            cells.append(f"{ratio['mean']:+.3f} ± {ratio['standard_error']:.3f}")
         rows.append([*cells, " ".join(f"{row['models'][name]['learning_rate']:g}" for name in names)])
     parameters = ", ".join(f"{name} {count:,}" for name, count in result["parameters"].items())
-    lines = [f"parameters: {parameters}", "mean squared error on test rows, mean over draws; differences paired", ""]
+    lines = [
+        f"parameters: {parameters}",
+        "mean squared error on test rows, mean over draws; differences and ratios paired, draw by draw",
+        "",
+    ]
     lines += aligned(header, rows)
     if (gap := result["gap"]) is not None:
         says = "holds" if gap["holds"] else "does not hold"
         lines += [
             "",
-            f"the shared bottom's lag on MMoE grows by {gap['growth']['mean']:.5f}"
-            f" ± {gap['growth']['standard_error']:.5f}"
+            f"the shared bottom's lag on MMoE (log of the ratio) grows by {gap['growth']['mean']:.3f}"
+            f" ± {gap['growth']['standard_error']:.3f}"
             f" from correlation {gap['highest']:.2f} to {gap['lowest']:.2f}: the paper's ordering {says}"
             " (growth and lag above two standard errors)",
         ]
@@ -263,19 +270,27 @@ def _differences(losses: Mapping[str, Sequence[float]]) -> dict[str, dict[str, A
         for other, theirs in losses.items():
             if name != other:
                 pairs = [a - b for a, b in zip(own, theirs, strict=True)]
-                found[f"{name} - {other}"] = {**_summary(pairs), "worse_in": sum(p > 0 for p in pairs)}
+                ratios = [math.log(a / b) for a, b in zip(own, theirs, strict=True)]
+                found[f"{name} - {other}"] = {
+                    **_summary(pairs),
+                    "log_ratio": _summary(ratios),
+                    "worse_in": sum(p > 0 for p in pairs),
+                }
     return found
 
 
 def _gap(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Lag of the shared bottom at the lowest correlation less that at the highest, draw by draw."""
+    """Lag of the shared bottom at the lowest correlation less that at the highest, draw by draw.
+
+    The lag is the logarithm of the ratio of the losses: they differ tenfold from draw to draw.
+    """
     if len(rows) < 2 or not {"shared_bottom", "mmoe"} <= set(rows[0]["models"]):
         return None
     ordered = sorted(rows, key=lambda row: row["correlation"])
     lags = []
     for row in (ordered[0], ordered[-1]):
         own, theirs = (row["models"][name]["by_draw"] for name in ("shared_bottom", "mmoe"))
-        lags.append([a - b for a, b in zip(own, theirs, strict=True)])
+        lags.append([math.log(a / b) for a, b in zip(own, theirs, strict=True)])
     growth = _summary([low - high for low, high in zip(*lags, strict=True)])
     lag = _summary(lags[0])
     return {

@@ -60,6 +60,9 @@ def test_the_study_reports_paired_differences(tmp_path, capsys):
         assert gap["mean"] == pytest.approx(own["test"]["mean"] - theirs["test"]["mean"])
         pairs = torch.tensor(own["by_draw"]) - torch.tensor(theirs["by_draw"])
         assert gap["standard_error"] == pytest.approx(float(pairs.std() / 2**0.5), rel=1e-3)
+        assert gap["log_ratio"]["mean"] == pytest.approx(
+            float((torch.tensor(own["by_draw"]) / torch.tensor(theirs["by_draw"])).log().mean()), rel=1e-3, abs=1e-6
+        )
         assert gap["worse_in"] == int((pairs > 0).sum())
     printed = capsys.readouterr().out
     assert "shared_bottom - mmoe" in printed

@@ -126,6 +126,24 @@ def test_a_batch_that_goes_through_in_pieces_answers_the_same(model_type: str, m
 
 
 @all_variants
+def test_training_answers_like_evaluation_but_for_what_is_random(variant: str) -> None:
+    """In training all gates mix in one product; without dropout, and with a batch norm's statistics, it is the same."""
+    names = {field.name for field in zoo.own_fields(type(zoo.variant_of(variant).config))}
+    quiet = {name: 0.0 for name in ("dropout", "embedding_dropout", "gate_dropout") if name in names}
+    model = zoo.variant_of(variant, **quiet)
+    inputs = zoo.inputs_of(model.config)
+    whole = model(**inputs)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.eval()
+    trained = model(**inputs)
+    close(trained.logits, whole.logits)
+    torch.testing.assert_close(trained.last_hidden_state, whole.last_hidden_state)
+    close(model(**inputs, tasks=["buy", "area"]).logits, {task: whole.logits[task] for task in ("buy", "area")})
+
+
+@all_variants
 def test_seeds_decide_everything(variant: str) -> None:
     def losses(seed: int) -> list[float]:
         model = zoo.variant_of(variant, seed=seed, dropout=0.3, embedding_dropout=0.2).train()
@@ -156,21 +174,22 @@ def test_experts_differ_at_the_start(model_type: str) -> None:
 @all_types
 def test_every_kind_of_task_can_be_learnt(model_type: str) -> None:
     """The loss of a handful of rows falls far below that of a guess: no part is cut off from its gradient."""
-    model = zoo.model_of(model_type, dropout=0.0, embedding_dropout=0.0, tasks=[zoo.TASKS[i] for i in (0, 3, 4, 5)])
+    model = zoo.model_of(model_type, dropout=0.0, embedding_dropout=0.0, tasks=[zoo.TASKS[i] for i in (0, 3, 4)])
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d):
             module.reset_running_stats()
     model.train()
     inputs, labels = zoo.inputs_of(model.config, rows=8), zoo.labels_of(model.config, rows=8)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-    first = model(**inputs, labels=labels).task_losses
-    for _ in range(60):
-        loss = sum(model(**inputs, labels=labels).task_losses.values())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+    enough = {task: max(0.5 * loss.item(), 0.1) for task, loss in model(**inputs, labels=labels).task_losses.items()}
+    for _ in range(200):
+        losses = model(**inputs, labels=labels).task_losses
+        if all(losses[task].item() < bound for task, bound in enough.items()):
+            return
         optimizer.zero_grad()
-        loss.backward()
+        sum(losses.values()).backward()
         optimizer.step()
-    for task, loss in model(**inputs, labels=labels).task_losses.items():
-        assert loss.item() < max(0.5 * first[task].item(), 0.1), task
+    pytest.fail(f"after 200 steps {losses}, hoped for less than {enough}")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -182,13 +201,13 @@ def test_saved_and_loaded_it_is_the_same(variant: str, tmp_path: Path) -> None:
     inputs = zoo.inputs_of(model.config)
     model.config.use_cache = False  # transformers' Trainer writes this into any config
     model.save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path)
+    again = AutoModelForMultiTask.from_pretrained(tmp_path)
+    assert type(again) is type(model)
     assert not again.training
     assert again.tasks == zoo.TASK_NAMES  # JSON sorts a dict, not a list
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
     same(again(**inputs).logits, model(**inputs).logits)
-    same(AutoModelForMultiTask.from_pretrained(tmp_path)(**inputs).logits, model(**inputs).logits)
 
 
 @all_types
@@ -225,7 +244,7 @@ def test_loading_over_another_head_keeps_the_rest(model_type: str, tmp_path: Pat
 def test_auto_classes_in_a_fresh_process(tmp_path: Path) -> None:
     sums = {}
     for model_type in zoo.MODEL_TYPES:
-        model = zoo.model_of(model_type)
+        model = zoo.model_of(model_type, tasks=zoo.TASKS[:3])
         model.save_pretrained(tmp_path / model_type)
         sums[model_type] = [type(model).__name__, sum(t.double().sum().item() for t in model.state_dict().values())]
     code = """
@@ -311,7 +330,7 @@ class Answers(nn.Module):
 
 @all_types
 def test_export_for_any_batch(model_type: str) -> None:
-    model = zoo.model_of(model_type, tasks=zoo.TASKS[:4])
+    model = zoo.model_of(model_type, tasks=zoo.TASKS[:3])
     example, other = zoo.inputs_of(model.config, rows=4), zoo.inputs_of(model.config, rows=1500, seed=5)
     batch = torch.export.Dim.DYNAMIC
     with torch.no_grad():

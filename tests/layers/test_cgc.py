@@ -35,9 +35,10 @@ def mixed(level: CGCLevel, output: str, inputs: dict[str, Tensor], b: int) -> Te
     return sum(math.exp(v) / total * h for v, h in zip(logits, hidden, strict=True))
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("outputs", [["a", "b"], ["a", "b", SHARED]])
-def test_level_row_by_row(outputs: list[str]) -> None:
-    level = level_of(outputs)
+def test_level_row_by_row(outputs: list[str], training: bool) -> None:
+    level = level_of(outputs).train(training)
     inputs = {name: torch.randn(4, 3, dtype=torch.float64) for name in ("a", "b", SHARED)}
     got, routing = level(inputs, outputs, record=True)
     assert list(got) == outputs

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_mtl.layers.experts import ACTIVATIONS, ExpertBank, dead_units, mix
+from moe_mtl.layers.experts import ACTIVATIONS, ExpertBank, dead_units, mix, mix_groups
 
 PLAIN = {
     "relu": lambda v: max(v, 0.0),
@@ -112,18 +112,34 @@ def test_dropout_scales_what_it_keeps_in_training_only() -> None:
     assert 0.2 < 1 - kept.double().mean() < 0.3
 
 
-def test_mix_is_the_weighted_sum_over_all_groups() -> None:
+@pytest.mark.parametrize(("rows", "width"), [(1, 3), (4, 3), (70, 3), (70, 80)])  # several ways to multiply
+def test_mix_is_the_weighted_sum_over_all_groups(rows: int, width: int) -> None:
     torch.manual_seed(0)
-    groups = [torch.randn(e, 4, 3, dtype=torch.float64) for e in (2, 1, 3)]
-    weights = torch.randn(4, 6, dtype=torch.float64)
+    groups = [torch.randn(e, rows, width, dtype=torch.float64) for e in (2, 1, 3)]
+    weights = torch.randn(rows, 6, dtype=torch.float64)
     everyone = [expert for group in groups for expert in group]
-    expected = torch.zeros(4, 3, dtype=torch.float64)
-    for b in range(4):
+    expected = torch.zeros(rows, width, dtype=torch.float64)
+    for b in range(rows):
         for e, expert in enumerate(everyone):
-            for h in range(3):
-                expected[b, h] += weights[b, e] * expert[b, h]
+            expected[b] += weights[b, e].item() * expert[b]
     torch.testing.assert_close(mix(weights, groups), expected)
     torch.testing.assert_close(mix(weights[:, :2], groups[:1]), mix(weights[:, :2], [groups[0][:1], groups[0][1:]]))
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_mixtures_over_groups(together: bool) -> None:
+    torch.manual_seed(0)
+    hidden = {name: torch.randn(size, 4, 3, dtype=torch.float64) for name, size in (("a", 2), ("b", 1), ("s", 2))}
+    sees = {"b": ("b", "s"), "all": ("s", "a", "b"), "a": ("a",)}  # in another order than the groups'
+    sizes = {output: sum(len(hidden[group]) for group in groups) for output, groups in sees.items()}
+    weights = {output: torch.randn(4, size, dtype=torch.float64) for output, size in sizes.items()}
+    mixed = mix_groups(weights, sees, hidden, together)
+    assert list(mixed) == list(sees)
+    for output, groups in sees.items():
+        experts = [expert for group in groups for expert in hidden[group]]
+        for b in range(4):
+            expected = sum(weights[output][b, e].item() * expert[b] for e, expert in enumerate(experts))
+            torch.testing.assert_close(mixed[output][b], expected)
 
 
 def test_gradients_of_bank_and_mixture() -> None:
