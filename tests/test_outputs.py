@@ -24,10 +24,11 @@ def test_utilisation_is_the_mean_weight() -> None:
 
 
 def test_half_precision_weights_are_summed_in_float32() -> None:
-    weights = torch.full((10_000, 2), 0.5, dtype=torch.bfloat16)
+    weights = torch.tensor([[1.0, 0.0], [1 - 2**-8, 2**-8]], dtype=torch.bfloat16)
     record = Routing("x", {"a": weights}, {"a": ("0", "1")})
-    assert record.utilisation()["a"].tolist() == [0.5, 0.5]
-    assert record.entropy()["a"].item() == pytest.approx(math.log(2))
+    assert record.utilisation()["a"].tolist() == [1 - 2**-9, 2**-9]  # the first is no bfloat16
+    entropy = -(1 - 2**-8) * math.log(1 - 2**-8) - 2**-8 * math.log(2**-8)
+    assert record.entropy()["a"].item() == pytest.approx(entropy / 2, rel=1e-6)
 
 
 def test_output_is_a_dict_and_a_tuple_of_what_is_there() -> None:

@@ -118,9 +118,9 @@ def test_soft_binary_labels_and_single_column_regression() -> None:
     soft = Task("t", "binary").loss(logits, torch.tensor([0.25, 1.0]))
     expected = (0.25 * math.log1p(math.exp(-2)) + 0.75 * math.log1p(math.exp(2)) + math.log1p(math.exp(1))) / 2
     assert soft.item() == pytest.approx(expected)
-    flat = Task("t", "regression").loss(logits, torch.tensor([1.0, 1.0]))
+    flat = Task("t", "regression").loss(logits, torch.tensor([1.0, -3.0]))
     assert flat.item() == pytest.approx((1 + 4) / 2)  # [B, 1] against [B] must not broadcast to [B, B]
-    assert flat == Task("t", "regression").loss(logits, torch.tensor([[1.0], [1.0]]))
+    assert flat == Task("t", "regression").loss(logits, torch.tensor([[1.0], [-3.0]]))
 
 
 def test_predict() -> None:

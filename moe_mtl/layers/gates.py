@@ -69,8 +69,9 @@ class DSelectKGate(nn.Module):
     Where `E` is no power of two some codes name no expert; the regulariser then adds the sum of
     1 / (probability of a code that does), unweighted, as the official code does.
 
-    Differs from the official code in: nothing that is known; it was read, not copied. LibMTL's drops gamma in the
-    forward pass and its regulariser never reaches the gradient.
+    Differs from the official code in: that probability counts as 1e-6 at least, as one row whose selector has saturated
+    on a code without an expert would otherwise make the loss infinite and every gradient NaN. LibMTL's drops gamma in
+    the forward pass and its regulariser never reaches the gradient.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class DSelectKGate(nn.Module):
             weight = weight * min(1.0, self.training_step / self.entropy_warmup_steps)
         loss = -weight * (selectors_BSE * torch.log(selectors_BSE + 1e-6)).sum()
         if self.num_experts != 2**self.num_bits:
-            loss = loss + selectors_BSE.sum(-1).reciprocal().sum()
+            loss = loss + selectors_BSE.sum(-1).clamp_min(1e-6).reciprocal().sum()
         return loss
 
     @torch.no_grad()

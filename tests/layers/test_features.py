@@ -35,7 +35,7 @@ def rows(count: int = 6) -> dict[str, Tensor]:
     cells = [torch.randint(-1, bag["num_categories"], (count, 5)) for bag in BAGS]
     sequences = torch.stack(cells, dim=1)
     sequences[0] = -1  # all cells of the first row are empty
-    sequences[1, :, 2:] = -1
+    sequences[1] = torch.tensor([-1, 0, -1, -1, -1])  # one item
     return {
         "numeric_BF": torch.randn(count, 4, dtype=torch.float64) * 3,
         "categorical_BF": torch.stack([torch.randint(c["num_categories"], (count,)) for c in CATEGORICAL], dim=1),

@@ -193,6 +193,26 @@ def test_dselect_k_reach_term_becomes_a_constant_once_all_mass_is_on_experts() -
     assert bool((gate.bits.grad == 0).all())
 
 
+@pytest.mark.parametrize("static", [True, False])
+def test_dselect_k_stuck_on_a_code_without_an_expert_harms_no_other_row(static: bool) -> None:
+    """1 / 0 would turn the gradient of everything into NaN."""
+    gate = dselect_of(6, 1, static, entropy_weight=0.1).train()
+    x = torch.zeros(2, 3, dtype=torch.float64)
+    if static:
+        gate.bits.data.fill_(5.0)  # code 7 of experts 0 to 5
+    else:
+        torch.nn.init.constant_(gate.bits.weight, 5.0)
+        torch.nn.init.zeros_(gate.bits.bias)
+        x[0] = 1.0
+    weights, loss = gate(x)
+    assert weights[0].sum() == 0
+    (loss + weights.sum()).backward()
+    assert loss.item() > 1e5
+    assert all(bool(torch.isfinite(p.grad).all()) for p in gate.parameters())
+    if not static:
+        assert gate.bits.bias.grad.abs().max() > 1e-3  # from the other row
+
+
 def test_dselect_k_codes_name_each_expert_once() -> None:
     gate = DSelectKGate(1, 8, 1).double()
     seen = []

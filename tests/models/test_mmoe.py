@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
-from by_hand import bank, check_gradients, close, mlp, model_of, rows, softmax, weighted
+from by_hand import FEATURES, bank, check_gradients, close, mlp, model_of, rows, softmax, weighted
+
+from moe_mtl.models import REGISTRY
 
 TASKS = [
     {"name": "b", "kind": "binary"},
@@ -115,6 +117,16 @@ def test_dselect_k_regulariser_counts_every_task_and_moves_every_gate(static: bo
         assert gradient.abs().max() > 1e-4, task
         mixture = model.trunk.gates[task].mixture
         assert (mixture.grad if static else mixture.weight.grad) is None  # it does not enter the regulariser
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_dselect_k_gates_of_a_fresh_model_start_undecided(static: bool) -> None:
+    """Within gamma / 100 of 0; upstream's initialisation must not go over them again as plain linear layers."""
+    model_class = REGISTRY["dselect_k"]
+    model = model_class(model_class.config_class(features=FEATURES, tasks=TASKS, gate_static=static, gate_gamma=2.0))
+    for gate in model.trunk.gates.values():
+        for parameter in gate.bits.parameters() if not static else [gate.bits]:
+            assert 0 < parameter.abs().max() <= 0.02
 
 
 def test_dselect_k_warm_up_follows_the_trainers_step() -> None:
