@@ -1,12 +1,8 @@
 """Makes a card: trains the model and its baselines over the seeds, compares them, writes the folder at once."""
 
 import json
-import math
-import os
-import platform
 import shutil
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,13 +11,12 @@ from ..files import staged_folder
 from ..hub import CONFIG, WEIGHTS, Checkpoint, file_sha256, write_manifest, zoo_folder
 from ..training.recipe import load_recipe
 from .bootstrap import paired_bootstrap
+from .environment import hardware, packages
 from .page import PAGE, build_index, prose_of, render
 from .record import LOWER_IS_BETTER, RECORD, RESOLVED, load_record, measure, record_problems
 from .variants import Trained, answer, canonical, cost, load_trained, measured_tasks, statistics, train, variants
 
 RESAMPLES, CONFIDENCE = 1000, 0.95
-PACKAGES = ("torch", "transformers", "torchjd")
-MIN_TOLERANCE = 0.005
 
 
 def make(
@@ -109,10 +104,9 @@ def make(
         "single_task_cost": {task.name: cost(model, task.name) for task in tasks},
         "comparison": _comparison(tasks, trained, splits.test, own.train.eval_batch_size),
         "bootstrap": {"resamples": RESAMPLES, "confidence": CONFIDENCE},
-        "tolerance": _tolerance(rows),
         "wall_s": round(sum(one.wall_s for variant in trained.values() for one in variant), 1),
-        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})" if model.device.type == "cpu" else _gpu(),
-        "packages": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "hardware": hardware(),
+        "packages": packages(),
         "budget": budget,
     } | ({"external": external} if external else {})
     if external is None and (zoo_folder() / own.card.name / RECORD).exists():
@@ -188,23 +182,7 @@ def _comparison(
     return found
 
 
-def _tolerance(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """How far a repetition of a seed may be off: thrice the spread over seeds, as processors add up in other orders."""
-    spread: dict[str, float] = {}
-    for row in rows:
-        for metrics in row["metrics"].values():
-            for metric, entry in metrics.items():
-                spread[metric] = max(spread.get(metric, MIN_TOLERANCE), 3 * entry["std"])
-    return {metric: math.ceil(value * 1000) / 1000 for metric, value in spread.items()}
-
-
 def _told(metrics: dict[str, dict[str, float]]) -> str:
     return ", ".join(
         f"{task} {metric} {value:.4f}" for task, values in metrics.items() for metric, value in list(values.items())[:1]
     )
-
-
-def _gpu() -> str:
-    import torch
-
-    return torch.cuda.get_device_name()

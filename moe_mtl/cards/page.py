@@ -10,7 +10,7 @@ from typing import Any
 
 from ..files import write_atomically
 from ..hub import read_config, zoo, zoo_folder
-from .record import LOWER_IS_BETTER, load_record, this_row
+from .record import LOWER_IS_BETTER, SAME_DIGITS, load_record, this_row, tolerance
 
 PAGE = "README.md"
 RESULTS = ("<!-- results:begin -->", "<!-- results:end -->")
@@ -187,13 +187,18 @@ def _provenance(record: Mapping[str, Any]) -> str:
     split = ", ".join(f"{count:,} {name}" for name, count in data["rows"].items())
     source = f" Source: {data['source']}." if "source" in data else ""
     packages = ", ".join(f"{name} {version}" for name, version in record["packages"].items())
-    tolerance = ", ".join(f"{metric} ±{value:g}" for metric, value in record["tolerance"].items())
+    allowed = ", ".join(
+        f"{task} {metric} ±{tolerance(metric, entry):g}"
+        for task, metrics in this_row(record)["metrics"].items()
+        for metric, entry in metrics.items()
+    )
     seeds = ", ".join(map(str, record["seeds"]))
     return f"""- Data: {data["name"]} ({data["licence"]}), {split} rows, sha256 `{data["sha256"]}`.{source}
 - Recipe: `{record["recipe"]}`, sha256 `{record["recipe_sha256"]}`.
 - Seeds: {seeds}; the shipped one is the best on validation.
 - Made in {record["wall_s"]:,.0f} s on {record["hardware"]} with {packages}.
-- A repetition agrees within {tolerance} per seed: `moe-mtl cards reproduce {record["name"]}`.
+- Again: `moe-mtl cards reproduce {record["name"]}`. A seed agrees within {SAME_DIGITS:g} with these packages on such a
+  processor, elsewhere within {allowed}.
 
 ```
 {record["command"]}

@@ -7,7 +7,8 @@ from tempfile import TemporaryDirectory
 
 from ..hub import ModelNotFoundError, zoo, zoo_folder
 from ..naming import nearest
-from .record import BUDGETS, load_record
+from .environment import made_as_here
+from .record import BUDGETS, SAME_DIGITS, load_record, tolerance
 from .variants import train, variants
 
 
@@ -79,6 +80,7 @@ def _repeat(folder: Path, budget: str, data_path: str | None, progress: bool) ->
     rows = {row["model"]: row for row in record["rows"]}
     seeds = [record["shipped_seed"]] if budget == "ci" else record["seeds"]
     tasks = list(rows["single_task"]["metrics"])
+    same = made_as_here(record)
     with TemporaryDirectory() as runs:
         for variant in variants(record["recipe"], rows["shared_bottom"]["recipe"], data_path, tasks):
             if budget == "ci" and variant.role != "this":
@@ -89,5 +91,5 @@ def _repeat(folder: Path, budget: str, data_path: str | None, progress: bool) ->
                     for metric, entry in metrics.items():
                         expected = entry["values"][record["seeds"].index(seed)]
                         value = measured[task][metric]
-                        tolerance = record["tolerance"][metric]
-                        yield Repetition(record["name"], variant.model, task, metric, seed, expected, value, tolerance)
+                        allowed = SAME_DIGITS * max(1.0, abs(expected)) if same else tolerance(metric, entry)
+                        yield Repetition(record["name"], variant.model, task, metric, seed, expected, value, allowed)

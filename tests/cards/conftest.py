@@ -58,7 +58,6 @@ def make_record(folder: Path) -> dict:
             for t, m in (("parity", "auc"), ("digit", "accuracy"))
         ],
         "bootstrap": {"resamples": 1000, "confidence": 0.95},
-        "tolerance": {"auc": 0.01, "log_loss": 0.02, "accuracy": 0.02},
         "wall_s": 12.3,
         "hardware": "2 cores",
         "packages": {"torch": "2.13.0"},

@@ -4,12 +4,34 @@ import re
 
 import pytest
 
-from moe_mtl.cards.record import load_record, measure, record_problems
+from moe_mtl.cards.record import load_record, measure, record_problems, tolerance
 
 
 def test_measure():
     assert measure([1.0, 2.0, 6.0]) == {"values": [1.0, 2.0, 6.0], "mean": 3.0, "std": pytest.approx(7**0.5)}
     assert measure([0.5])["std"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "expected"),
+    [
+        ("auc", [0.990, 0.992, 0.994], 0.004),  # twice the spread of these values
+        ("auc", [0.99, 0.99, 0.99], 0.003),  # luck: never near 0
+        ("auc", [0.80, 0.90, 0.95], 0.01),  # a spread that would let any model pass
+        ("accuracy", [0.95, 0.96, 0.97], 0.01),
+        ("log_loss", [0.14, 0.15, 0.16], 0.02),
+        ("log_loss", [0.15, 0.15, 0.15], 0.0075),
+        ("log_loss", [0.044, 0.052, 0.170], 0.022),  # the parity row that let 0.218 pass
+        ("rmse", [1000.0, 1040.0, 1080.0], 80.0),
+    ],
+)
+def test_the_tolerance_is_of_the_row_and_never_vacuous(metric, values, expected):
+    assert tolerance(metric, measure(values)) == pytest.approx(expected, rel=0.01)
+
+
+def test_records_with_a_tolerance_by_metric_are_still_read(card):
+    record = load_record(card)
+    assert record_problems(record | {"tolerance": {"auc": 0.01}}) == []
 
 
 def set_at(record: dict, path: str, value: object) -> None:
@@ -46,7 +68,7 @@ def set_at(record: dict, path: str, value: object) -> None:
         ("rows/1/metrics/digit/accuracy/values", [0.9], "one value per seed"),
         ("rows/1/metrics/digit/accuracy/mean", 0.999, "mean or std is not that of the values"),
         ("rows/1/metrics/digit/accuracy/std", 0.0, "mean or std is not that of the values"),
-        ("tolerance/auc", None, "tolerance: expected one for auc"),
+        ("tolerance", 0.1, "tolerance: expected an object"),
         ("comparison/0/baseline", "lightgbm", "no such row or metric"),
         ("comparison/0/metric", "rmse", "no such row or metric"),
         ("comparison/0/ci_low", 0.9, "swapped"),

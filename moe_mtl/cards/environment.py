@@ -1,0 +1,37 @@
+"""Where numbers were made: what a record says of processor and packages, and whether this process has the same."""
+
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "torchjd")
+_CPU = "CPU core"
+
+
+def hardware() -> str:
+    """What training runs on here. Of a processor what decides how sums are ordered: vector instructions and threads."""
+    import torch
+
+    if torch.accelerator.is_available():
+        return (
+            torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.accelerator.current_accelerator()}"
+        )
+    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"{_count(cores, _CPU)} ({platform.machine()}, {instructions}), {_count(threads, 'thread')}"
+
+
+def packages() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+
+
+def made_as_here(record: Mapping[str, Any]) -> bool:
+    """Whether a record was made by the same packages on a processor of the same kind: then its numbers come again."""
+    return _CPU in record["hardware"] and record["hardware"] == hardware() and record["packages"] == packages()
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
