@@ -11,7 +11,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import DataError, nearest
+from ..naming import nearest
+from .errors import DataError
 
 if TYPE_CHECKING:
     from .infer import infer_features

@@ -28,8 +28,9 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from ..files import write_atomically
+from ..naming import nearest
 from ..tasks import Task
-from .errors import DataError, nearest
+from .errors import DataError
 from .splits import PARTS, DataSplits, sha256_tenth, sizes, take
 
 COLUMNS = (

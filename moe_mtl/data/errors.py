@@ -1,8 +1,9 @@
 """The one error of this package, and the strict reading of declarations that raises it."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from ..naming import nearest
 
 
 class DataError(ValueError):
@@ -18,15 +19,6 @@ class DataError(ValueError):
         where = [f"column {column!r}"] if column is not None else []
         where += [f"row {row}"] if row is not None else []
         super().__init__(f"{', '.join(where)}: {message}" if where else message)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the nearest known one, else all of them."""
-    known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=1)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    return f"; known: {', '.join(known)}" if known else "; there is none"
 
 
 def check_keys(fields: Any, known: Iterable[str], where: str, required: Iterable[str] = ()) -> dict[str, Any]:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..files import write_atomically
+from ..naming import nearest
 from ..tasks import Task, UnknownTaskError, parse_tasks
 from .categories import ListColumn, check_vocabulary
-from .errors import DataError, check_choice, check_keys, nearest
+from .errors import DataError, check_choice, check_keys
 from .features import COLUMNS, Column, FeatureFitter
 from .infer import infer_features
 from .labels import Label, LabelFitter, decode_task, task_fields

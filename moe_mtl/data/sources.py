@@ -17,7 +17,8 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-from .errors import DataError, nearest
+from ..naming import nearest
+from .errors import DataError
 from .values import plain
 
 BATCH_ROWS = 65_536
