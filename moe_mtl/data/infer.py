@@ -15,6 +15,7 @@ CATEGORICAL_INTEGERS = 32
 IDENTIFIER_SHARE = 0.5
 IDENTIFIER_ROWS = 100
 INFERENCE_ROWS = 200_000
+SEPARATORS = ("|", ";", ",")
 
 
 def infer_features(
@@ -28,10 +29,10 @@ def infer_features(
     - lists: multi-hot;
     - booleans: categorical;
     - whole numbers (a text column of nothing but numbers counts as numbers): categorical with up to 32 distinct
-    values, else numeric;
+      values, else numeric;
     - other numbers: numeric;
     - text and dates: categorical, but left out as an identifier where more than half of at least 100 values are
-    distinct.
+      distinct. Where more than half of the values hold a `|`, `;` or `,`, the note says how to declare lists.
 
     Raises:
         DataError: no column is left to learn from.
@@ -67,11 +68,15 @@ def _kind(parts: list[pa.Array], missing: Sequence[str], name: str) -> tuple[str
     if any(is_list(part.type) for part in parts):
         return "multi_hot", "lists"
     parts = [part.dictionary_decode() if pa.types.is_dictionary(part.type) else part for part in parts]
-    rows, values = 0, []
+    rows, values, holding = 0, [], dict.fromkeys(SEPARATORS, 0)
     for part in parts:
         codes, texts = factorise(part, missing, name)
         rows += int((codes >= 0).sum())
         values.append(texts)
+        counts = np.bincount(codes[codes >= 0], minlength=len(texts))
+        for separator in SEPARATORS:
+            holds = pc.fill_null(pc.match_substring(texts, separator), False)
+            holding[separator] += int(counts[holds.to_numpy(zero_copy_only=False)].sum())
     distinct = pc.unique(pa.chunked_array(values, pa.string()).drop_null())
     if len(distinct) < 2:
         return None, f"{len(distinct)} distinct value{'s' * (len(distinct) != 1)}"
@@ -87,6 +92,8 @@ def _kind(parts: list[pa.Array], missing: Sequence[str], name: str) -> tuple[str
             if (numbers == np.floor(numbers)).all() and len(distinct) <= CATEGORICAL_INTEGERS:
                 return "categorical", f"{len(distinct)} distinct whole numbers"
             return "numeric", f"{len(distinct)} distinct numbers"
+    cuts = [separator for separator in SEPARATORS if 2 * holding[separator] > rows]
+    hint = f"; if they are lists, declare it multi_hot with the separator {cuts[0]!r}" if cuts else ""
     if rows >= IDENTIFIER_ROWS and len(distinct) > IDENTIFIER_SHARE * rows:
-        return None, f"{len(distinct)} distinct values in {rows} rows: an identifier or free text"
-    return "categorical", f"{len(distinct)} distinct values"
+        return None, f"{len(distinct)} distinct values in {rows} rows: an identifier or free text{hint}"
+    return "categorical", f"{len(distinct)} distinct values{hint}"

@@ -48,3 +48,18 @@ def test_nothing_of_use_is_an_error_that_tells_why():
         infer_features({"a": [1, 1]})
     with pytest.raises(DataError, match="none beside the labels"):
         infer_features({"a": [1, 2]}, exclude=["a"])
+
+
+def test_texts_that_look_like_lists_are_told_how_to_be_declared():
+    rows = {
+        "tags": ["a|b", "b", "a|c", None, "c|a"],
+        "city": ["Rome", "Oslo", "Rome", "Lima, Peru", "Oslo"],
+        "free": ["x; y", "y; z", "z; w", "w; v", "u"],
+    }
+    features, notes = infer_features(rows)
+    assert [feature["kind"] for feature in features] == ["categorical"] * 3
+    assert notes == [
+        "tags: categorical (4 distinct values; if they are lists, declare it multi_hot with the separator '|')",
+        "city: categorical (3 distinct values)",
+        "free: categorical (5 distinct values; if they are lists, declare it multi_hot with the separator ';')",
+    ]
