@@ -490,3 +490,26 @@ def test_exit_codes_and_silence_of_a_process(trained: Path, rows: Path, tmp_path
     done = process("predict", trained, rows, "--task", "parity")
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.splitlines()) == len(load("digits").test)
+
+
+# --- tables of one's own ---
+
+
+def test_train_marks_a_metric_that_is_not_defined_and_tells_what_was_inferred(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    parts = ["train", "validation", "test"] * 30
+    labels = [0 if part == "validation" else row % 2 for row, part in enumerate(parts)]
+    pq.write_table(pa.table({"x": np.arange(90.0) + 0.5, "y": labels, "part": parts}), tmp_path / "rows.parquet")
+    recipe = tmp_path / "mine.yaml"
+    content = {
+        "data": {"name": "table", "path": str(tmp_path / "rows.parquet"), "split_column": "part"},
+        "model": {"type": "mmoe", "num_experts": 2, "expert_dims": [4]},
+        "train": {"max_steps": 1},
+    }
+    content["data"]["tasks"] = [{"name": "y", "kind": "binary"}]
+    recipe.write_text(json.dumps(content))
+    assert run("train", recipe, "--output", tmp_path / "out") == 0
+    told = capsys.readouterr()
+    assert [line.split()[:3] for line in told.out.splitlines() if "validation" in line] == [["validation", "y", "-"]]
+    assert "  x: numeric (30 distinct numbers)" in told.err.splitlines()

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ..training.saved import plain
+
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as aligned text under their keys: numbers to the right, missing values as `-`."""
@@ -40,23 +42,14 @@ def _cell(value: Any) -> str:
 
 def print_json(content: Any) -> None:
     """JSON on stdout; what is not a number in JSON (NaN) becomes null."""
-    print(json.dumps(_plain(content), indent=2, allow_nan=False))
+    print(json.dumps(plain(content), indent=2, allow_nan=False, default=str))
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, (str, int, float, type(None))) else str(value)
-
-
-def metric_rows(metrics: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
-    """task -> metric -> value, as rows of a table."""
+def metric_rows(metrics: Mapping[str, Mapping[str, float | None]]) -> list[dict[str, Any]]:
+    """task -> metric -> value, as rows of a table; NaN where a metric is not defined, which a record holds as null."""
     return [
-        {"task": task, **{name: float(value) for name, value in values.items()}} for task, values in metrics.items()
+        {"task": task, **{name: math.nan if value is None else float(value) for name, value in values.items()}}
+        for task, values in metrics.items()
     ]
 
 

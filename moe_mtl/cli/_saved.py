@@ -1,31 +1,5 @@
-"""What a saved model's folder says about where it came from."""
+"""What a saved model's folder says about where it came from, for the commands."""
 
-from collections.abc import Iterable
-from pathlib import Path
+from ..training.saved import RECIPE, batch_size_of, recipe_of
 
-from ..training.recipe import Recipe, RecipeError, load_recipe
-
-RECIPE, RECORD = "recipe.resolved.yaml", "results.json"
-
-
-def recipe_of(folder: Path, overrides: Iterable[tuple[str, str]] = ()) -> Recipe:
-    """The recipe a model was trained with: of a run its own, of a card the one that the record names.
-
-    Raises:
-        RecipeError: the folder has neither.
-    """
-    from ..files import read_json
-
-    if (folder / RECIPE).is_file():
-        return load_recipe(folder / RECIPE, overrides)
-    if (folder / RECORD).is_file():
-        return load_recipe(str(read_json(folder, RECORD).get("recipe")), overrides)
-    raise RecipeError(f"{folder} does not say which rows it was trained on: it has neither {RECIPE} nor {RECORD}")
-
-
-def batch_size_of(folder: Path) -> int:
-    """Rows per forward pass in evaluation. Prediction uses the same: the last bit of an answer depends on it."""
-    try:
-        return recipe_of(folder).train.eval_batch_size
-    except RecipeError:
-        return Recipe().train.eval_batch_size
+__all__ = ["RECIPE", "batch_size_of", "recipe_of"]

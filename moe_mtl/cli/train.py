@@ -31,7 +31,9 @@ def run(arguments: argparse.Namespace) -> None:
 
         say(f"training {recipe.model.type or recipe.model.source} on {recipe.data.name} into {output}")
         try:
-            result = train(recipe, output, seed=arguments.seed, resume=arguments.resume)
+            result = train(
+                recipe, output, seed=arguments.seed, resume=arguments.resume, tell=lambda note: say(f"  {note}")
+            )
         except KeyboardInterrupt:
             say(f"\nwhat was trained is kept where a checkpoint was written: add --resume --output {output} to go on")
             raise

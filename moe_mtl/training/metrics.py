@@ -114,9 +114,12 @@ def counted(
 
 
 def mean_metrics(metrics: Metrics) -> dict[str, float]:
-    """`mean_<metric>`: each metric averaged over the tasks that report it."""
-    names = {name for values in metrics.values() for name in values}
-    return {f"mean_{name}": float(np.mean([v[name] for v in metrics.values() if name in v])) for name in sorted(names)}
+    """`mean_<metric>`: each metric averaged over the tasks that report it and on whose rows it is defined, else NaN."""
+    out = {}
+    for name in sorted({name for values in metrics.values() for name in values}):
+        defined = [values[name] for values in metrics.values() if not np.isnan(values.get(name, np.nan))]
+        out[f"mean_{name}"] = float(np.mean(defined)) if defined else float("nan")
+    return out
 
 
 def is_maximised(key: str) -> bool:
@@ -185,7 +188,9 @@ def _binary_auc(label: np.ndarray, score: np.ndarray, weight: np.ndarray | None)
 def _group_auc(kind: str, rows: Rows) -> float:
     """AUC within each group, averaged by the groups' rows, or weight; groups of one class are left out."""
     if rows.group is None:
-        raise ValueError(f"task {rows.task!r} reports group_auc: the column of the groups must be named (eval.group)")
+        raise ValueError(
+            f"task {rows.task!r} reports group_auc: the column of the groups must be named (data.group_column)"
+        )
     order = np.argsort(rows.group, kind="stable")
     bounds = np.flatnonzero(np.diff(rows.group[order])) + 1
     areas, sizes = [], []

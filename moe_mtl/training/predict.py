@@ -29,7 +29,7 @@ from ..naming import nearest
 from ..tasks import check_task_names
 from .evaluation import TARGETS, model_inputs
 from .recipe import RecipeError, TrainSection
-from .run import METRICS
+from .saved import batch_size_of
 
 SUFFIXES = (".csv", ".parquet", ".jsonl")
 
@@ -119,7 +119,7 @@ def predict_file(
     processor = TabularProcessor.from_pretrained(path)
     names = check_task_names(tasks, model.tasks)
     if batch_size is None:
-        batch_size = _evaluated_with(path)
+        batch_size = batch_size_of(path)
     clashes = [name for name in keep if any(name == task or name.startswith(f"{task}/") for task in names)]
     if clashes:
         raise RecipeError(f"keep: the column {clashes[0]!r} is what a prediction is called; rename it in {source}")
@@ -171,14 +171,6 @@ def _kept(rows: Any, columns: list[str], batch_size: int) -> Iterator[pa.Table]:
             held = held.slice(batch_size)
     if held is not None and held.num_rows:
         yield held
-
-
-def _evaluated_with(folder: Path) -> int:
-    try:
-        size = json.loads((folder / METRICS).read_text(encoding="utf-8"))["eval_batch_size"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return TrainSection.eval_batch_size
-    return size if isinstance(size, int) and 0 < size <= 2**20 else TrainSection.eval_batch_size
 
 
 def _column(values: np.ndarray) -> pa.Array:

@@ -1,10 +1,10 @@
 """A recipe from beginning to end: load, fit, train, measure, save. Nothing that is not whole appears."""
 
+import importlib.util
 import json
-import math
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -27,10 +27,9 @@ from .checkpoints import checkpoints_in, keep_last_checkpoints, remove_stale_sta
 from .evaluation import Evaluation, evaluate_table
 from .metrics import Metrics, standard_errors
 from .recipe import Recipe, RecipeError, TrainSection, load_recipe, recipe_sha256
+from .saved import METRICS, RECIPE, plain
 from .trainer import MultiTaskTrainer
 
-RECIPE = "recipe.resolved.yaml"
-METRICS = "metrics.json"
 # Nothing chosen: ten passes.
 DEFAULT_EPOCHS = 10
 SECONDS_BETWEEN_SAVES = 30.0
@@ -57,7 +56,12 @@ class RunResult:
 
 
 def run(
-    recipe: Recipe, output_dir: str | Path, seed: int | None = None, progress: bool = True, resume: bool = False
+    recipe: Recipe,
+    output_dir: str | Path,
+    seed: int | None = None,
+    progress: bool = True,
+    resume: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> RunResult:
     """Trains a recipe and saves model, processor, recipe and metrics in `output_dir`.
 
@@ -67,23 +71,29 @@ def run(
         seed: instead of the recipe's.
         progress: show a bar, if the error stream is a terminal.
         resume: go on from the last complete checkpoint of an interrupted run of the same recipe in `output_dir`.
+        tell: gets, before training, one line per column whose kind was inferred from the table.
 
     Raises:
         RecipeError, DataError: before training, for what cannot be.
         FileExistsError: the folder holds something else, or an unfinished run that `resume` was not asked for.
-        TrainingDivergedError: a loss is not finite.
-        OSError: the disk is full; what stood in the folder is as it was.
+        TrainingDivergedError: a loss is not finite; a model that stood in the folder is as it was.
+        OSError: the disk is full; likewise.
     """
     if seed is not None:
         recipe.train.seed = seed
     recipe.validate()
     _check_methods(recipe)
+    _check_reporter(recipe.train.report_to)
     output_dir = Path(output_dir)
     _check_folder(output_dir, recipe, resume)
     start = time.perf_counter()
     splits = load_data(recipe)
+    if tell is not None:
+        for note in splits.info.get("inferred", ()):
+            tell(note)
     set_seed(recipe.train.seed)
     model, processor = build(recipe, splits)
+    _check_groups(model, processor)
     tables = {
         name: TensorTable(processor(part))
         for name, part in splits.parts().items()
@@ -91,8 +101,6 @@ def run(
     }
     _check_labels(tables["train"], model)
     output_dir.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        write_atomically(output_dir / RECIPE, recipe.to_yaml())
     trainer = make_trainer(recipe, model, processor, tables["train"], tables["validation"], output_dir, progress)
     prepared = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume or None)
@@ -126,7 +134,7 @@ def run(
         },
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     }
-    record = _plain(record)
+    record = plain(record)
     _save(output_dir, model, processor, recipe, record)
     return RunResult(record["metrics"], output_dir, record, model, processor)
 
@@ -192,6 +200,7 @@ def make_trainer(
         one_cycle=section.schedule == "one_cycle",
         adam=section.optimizer == "adam",
         seconds_between_saves=SECONDS_BETWEEN_SAVES,
+        saved_along={RECIPE: recipe.to_yaml()},
     )
 
     def report(numbers: dict[str, float]) -> None:
@@ -246,14 +255,11 @@ def training_arguments(section: TrainSection, output_dir: str | Path) -> Trainin
 def _reporter(name: str, output_dir: Path) -> Any:
     from transformers import integrations
 
-    try:
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
 
-            return integrations.TensorBoardCallback(SummaryWriter(str(output_dir / "runs")))
-        return {"trackio": integrations.TrackioCallback, "wandb": integrations.WandbCallback}[name]()
-    except (ImportError, RuntimeError) as error:
-        raise RecipeError(f"train.report_to: {name} is not installed: pip install {name} ({error})") from None
+        return integrations.TensorBoardCallback(SummaryWriter(str(output_dir / "runs")))
+    return {"trackio": integrations.TrackioCallback, "wandb": integrations.WandbCallback}[name]()
 
 
 def _check_methods(recipe: Recipe) -> None:
@@ -261,6 +267,20 @@ def _check_methods(recipe: Recipe) -> None:
     for kind, method in (("loss_balancing", recipe.loss_method), ("gradient_balancing", recipe.gradient_method)):
         if method is not None:
             build_method(kind, *method, num_tasks=2)
+
+
+def _check_reporter(name: str) -> None:
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise RecipeError(f"train.report_to: {name} is not installed: pip install {name}")
+
+
+def _check_groups(model: MultiTaskModel, processor: TabularProcessor) -> None:
+    for task in model.config.parsed_tasks:
+        if "group_auc" in task.reported_metrics and processor.group_column is None:
+            raise RecipeError(
+                f"task {task.name!r} reports group_auc: expected the column of the groups as data.group_column, "
+                "found none"
+            )
 
 
 def _check_folder(output_dir: Path, recipe: Recipe, resume: bool) -> None:
@@ -272,9 +292,10 @@ def _check_folder(output_dir: Path, recipe: Recipe, resume: bool) -> None:
                 f"{output_dir} holds the checkpoints of an unfinished run: resume it, or choose another folder"
             )
         return
-    if not (output_dir / RECIPE).is_file():
+    saved = [path / RECIPE for path in checkpoints_in(output_dir) if (path / RECIPE).is_file()]
+    if not saved:
         raise RecipeError(f"{output_dir} holds no unfinished run to resume")
-    earlier = load_recipe(output_dir / RECIPE)
+    earlier = load_recipe(saved[-1])
     if recipe_sha256(earlier) != recipe_sha256(recipe) or earlier.train.seed != recipe.train.seed:
         raise RecipeError(
             f"{output_dir} holds an unfinished run of another recipe or seed: it cannot be resumed with this one"
@@ -321,15 +342,6 @@ def _errors(
         )
         for name, result in results.items()
     }
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: a metric that is not defined is null."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _save(

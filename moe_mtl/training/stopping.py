@@ -1,7 +1,8 @@
 """Early stopping: keeps the best evaluation's weights and puts them back, whether or not patience ran out."""
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .recipe import EarlyStopping, RecipeError
 
 
 class BestWeights(TrainerCallback):
-    """Watches one metric of each evaluation.
+    """Watches one metric of each evaluation. An evaluation on which it is not defined does not count.
 
     What was best is read from the trainer's own log, so that a resumed run goes on counting where the interrupted one
     stopped.
@@ -43,19 +44,39 @@ class BestWeights(TrainerCallback):
         self.key, self.patience = f"eval_{rule.metric}", rule.patience
         self.sign = 1.0 if is_maximised(rule.metric) else -1.0
         self.weights: dict[str, Tensor] | None = None
+        self.warned = False
 
     def history(self, state: Any) -> tuple[int | None, float, int]:
-        """Step of the best evaluation (None if there was none), its value, and how many came after it."""
+        """Step of the best evaluation (None if there was none), its value, and how many that count came after it."""
         step, best, since = None, -math.inf, 0
         for entry in state.log_history:
-            if self.key not in entry:
+            if math.isnan(entry.get(self.key, math.nan)):
                 continue
             since += 1
             if self.sign * entry[self.key] > best:
                 step, best, since = entry["step"], self.sign * entry[self.key], 0
         return step, self.sign * best, since
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_evaluate(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        metrics: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.key not in (metrics or {}):
+            return
+        if math.isnan((metrics or {})[self.key]):
+            if not self.warned:
+                self.warned = True
+                warnings.warn(
+                    f"early stopping: {self.key.removeprefix('eval_')} is not defined on the validation rows at step "
+                    f"{state.global_step}; such evaluations do not count",
+                    stacklevel=2,
+                )
+            return
         step, best, since = self.history(state)
         # The entry of this evaluation is the last one of the log.
         if since == 0 and step is not None:

@@ -69,12 +69,12 @@ class MultiTaskTrainer(Trainer):
         loss_balancing, gradient_balancing: name and options of a method of TorchJD; at most one of the two.
         task_sampling: draw batches of one task each.
         early_stopping: when to stop; the best weights are restored at the end in any case.
-        one_cycle: use the one-cycle schedule instead of `args.lr_scheduler_type`; `args.warmup_steps` is its rise, 30
-            % where that is 0.
+        one_cycle: use the one-cycle schedule instead of `args.lr_scheduler_type`; `args.warmup_steps` is its rise, a
+            share of 30 % where that is 0.
         adam: L2 regularisation instead of decoupled weight decay.
         seconds_between_saves: a checkpoint that falls due at the end of an epoch is left out if the last one is
-            younger; what is saved stays
-            exact, and small models do not spend their time on the disk.
+            younger; what is saved stays exact, and small models do not spend their time on the disk.
+        saved_along: text files, by name, that each checkpoint holds too.
 
     Raises:
         RecipeError: settings that cannot go together.
@@ -105,6 +105,7 @@ class MultiTaskTrainer(Trainer):
         one_cycle: bool = False,
         adam: bool = False,
         seconds_between_saves: float = 0.0,
+        saved_along: Mapping[str, str] | None = None,
     ):
         args.logging_nan_inf_filter = False
         args.label_names = ["labels"]
@@ -123,6 +124,7 @@ class MultiTaskTrainer(Trainer):
             self.remove_callback(ProgressCallback)
         self.tasks = model.config.parsed_tasks
         self.task_sampling, self.one_cycle, self.adam = task_sampling, one_cycle, adam
+        self.saved_along = dict(saved_along or {})
         self._weights = {task.name: task.weight for task in self.tasks}
         self._check(loss_balancing, gradient_balancing)
         balanced = [task.name for task in self.tasks if task.weight > 0]
@@ -134,6 +136,10 @@ class MultiTaskTrainer(Trainer):
         if early_stopping is not None:
             if eval_dataset is None:
                 raise RecipeError("train.early_stopping needs validation rows, found none")
+            if isinstance(eval_dataset, dict):
+                raise RecipeError(
+                    f"train.early_stopping watches one validation table, found several: {', '.join(eval_dataset)}"
+                )
             self.best = BestWeights(early_stopping, self.tasks)
             self.add_callback(self.best)
         if self.loss_balancer is not None:
@@ -401,6 +407,8 @@ class MultiTaskTrainer(Trainer):
             if self.best is not None and self.best.weights is not None:
                 save_file(self.best.weights, staging / BEST)
             self.state.save_to_json(str(staging / "trainer_state.json"))
+            for name, text in self.saved_along.items():
+                (staging / name).write_text(text, encoding="utf-8")
         if self.args.save_total_limit:
             keep_last_checkpoints(folder, self.args.save_total_limit)
 

@@ -147,6 +147,12 @@ def test_directions():
     )
 
 
+def test_a_mean_is_taken_over_the_tasks_on_whose_rows_the_metric_is_defined():
+    found = mean_metrics({"a": {"auc": 0.5, "f1": NAN}, "b": {"auc": NAN}, "c": {"auc": 0.7}})
+    assert found["mean_auc"] == pytest.approx(0.6)
+    assert math.isnan(found["mean_f1"])
+
+
 def test_standard_error_of_a_mean(rng):
     values = rng.normal(size=4000)
     task = Task("y", "regression", metrics=("mae",))

@@ -1,7 +1,9 @@
 """Recipes from file to folder, on a few rows; predictions against evaluation."""
 
+import importlib.util
 import json
 import os
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -16,10 +18,12 @@ from sklearn.metrics import roc_auc_score
 from moe_mtl import AutoModelForMultiTask, TabularProcessor, data
 from moe_mtl.data import DataError, DataSplits, census_income
 from moe_mtl.tasks import Task, UnknownTaskError
+from moe_mtl.training import predict as predicting
 from moe_mtl.training import run as running
 from moe_mtl.training.predict import predict, predict_file
 from moe_mtl.training.recipe import RecipeError, list_recipes, load_recipe, parse_recipe
 from moe_mtl.training.run import evaluate, run
+from moe_mtl.training.watch import TrainingDivergedError
 
 SHORT = [("train.epochs", "null"), ("train.max_steps", "2"), ("train.batch_size", "32"), ("train.logging_steps", "1")]
 
@@ -319,7 +323,7 @@ def test_an_interrupted_run_resumes_and_nothing_else_takes_its_folder(tmp_path, 
         patch.setattr(running.MultiTaskTrainer, "training_step", dying)
         with pytest.raises(KeyboardInterrupt):
             run(tiny(max_steps=30), tmp_path / "out", progress=False)
-    assert "config.json" not in {path.name for path in (tmp_path / "out").iterdir()}
+    assert not [path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith("checkpoint-")]
     with pytest.raises(FileExistsError, match="unfinished run"):
         run(tiny(max_steps=30), tmp_path / "out", progress=False)
     (tmp_path / "out" / ".checkpoint-18.staging-0123abcd").mkdir()  # what a kill during a save leaves
@@ -334,6 +338,89 @@ def test_an_interrupted_run_resumes_and_nothing_else_takes_its_folder(tmp_path, 
     (folder / "thesis.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"thesis.txt"):
         run(tiny(), folder, progress=False)
+
+
+def test_a_run_that_fails_leaves_the_model_that_stood_there_as_it_was(tmp_path, monkeypatch):
+    run(tiny(), tmp_path / "out", progress=False)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def diverging(trainer, model, inputs, count=None):
+        raise TrainingDivergedError("loss of task 'digit' is not finite")
+
+    monkeypatch.setattr(running.MultiTaskTrainer, "training_step", diverging)
+    with pytest.raises(TrainingDivergedError):
+        run(tiny(learning_rate=0.5), tmp_path / "out", progress=False)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.fixture
+def own_table(tmp_path):
+    """The data section of a table: a click, what it is about, and whose it is."""
+    rng = np.random.default_rng(0)
+    click = rng.integers(0, 2, 300)
+    columns = {"click": click, "bought": click * rng.integers(0, 2, 300), "age": rng.normal(size=300)}
+    columns |= {"city": rng.choice(["Rome", "Oslo", "Lima"], 300), "user": rng.integers(0, 9, 300)}
+    columns["tags"] = np.array([f"{a}|{b}" for a, b in rng.integers(0, 5, (300, 2))])
+    pyarrow.parquet.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    return {"name": "table", "path": str(tmp_path / "rows.parquet"), "exclude": ["user", "bought"]}
+
+
+def test_what_cannot_be_is_told_before_anything_is_written(own_table, tmp_path, monkeypatch):
+    task = {"name": "click", "kind": "binary", "metrics": ["auc", "group_auc"]}
+    recipe = {"data": {**own_table, "tasks": [task]}, "model": {"type": "mmoe"}, "train": {"max_steps": 2}}
+    with pytest.raises(RecipeError, match=r"'click' reports group_auc: .* data\.group_column"):
+        run(parse_recipe(recipe), tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    found = run(parse_recipe(recipe, [("data.group_column", "user")]), tmp_path / "grouped", progress=False)
+    assert 0 <= found.metrics["test"]["click"]["group_auc"] <= 1
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "trackio" else find(name))
+    monkeypatch.setattr(running, "load_data", lambda recipe: pytest.fail("data were read"))
+    with pytest.raises(RecipeError, match=r"train\.report_to: trackio is not installed"):
+        run(tiny(report_to="trackio"), tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_inferred_is_told_before_training(own_table, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(running, "make_trainer", lambda *_: pytest.fail("training began") if not told else 1 / 0)
+    recipe = {"data": {**own_table, "tasks": [{"name": "click", "kind": "binary"}]}, "model": {"type": "mmoe"}}
+    with pytest.raises(ZeroDivisionError):
+        run(parse_recipe(recipe), tmp_path / "out", progress=False, tell=told.append)
+    assert told[0].startswith("age: numeric (")
+    assert any(note.startswith("tags: categorical") and "multi_hot" in note for note in told)
+
+
+def test_a_metric_that_is_not_defined_is_null_in_the_record(tmp_path):
+    rows = pa.table({"x": np.arange(90.0), "y": np.zeros(90), "part": ["train", "validation", "test"] * 30})
+    labels = [0 if part == "validation" else i % 2 for i, part in enumerate(rows["part"].to_pylist())]
+    rows = rows.set_column(1, "y", pa.array(labels))
+    pyarrow.parquet.write_table(rows, tmp_path / "rows.parquet")
+    data = {"name": "table", "path": str(tmp_path / "rows.parquet"), "split_column": "part"}
+    recipe = {"data": {**data, "tasks": [{"name": "y", "kind": "binary"}]}, "model": {"type": "mmoe"}}
+    with pytest.warns(UserWarning, match="auc of task 'y' is not defined"):
+        result = run(parse_recipe({**recipe, "train": {"max_steps": 1}}), tmp_path / "out", progress=False)
+    assert result.metrics["validation"]["y"]["auc"] is None
+
+
+def test_a_card_is_predicted_with_the_batches_of_its_recipe(digits, tmp_path, monkeypatch):
+    folder, _, _ = digits
+    card = tmp_path / "card"
+    shutil.copytree(folder / "model", card)
+    for name in ("metrics.json", "manifest.json"):  # a card has no metrics
+        (card / name).unlink()
+    sizes = []
+
+    def counting(model, processor, source, batch_size, tasks):
+        sizes.append(batch_size)
+        return predict(model, processor, source, batch_size, tasks)
+
+    monkeypatch.setattr(predicting, "predict", counting)
+    predict_file(card, folder / "rows.csv", tmp_path / "own.csv")
+    (card / "recipe.resolved.yaml").unlink()
+    (card / "results.json").write_text(json.dumps({"recipe": "digits/mmoe"}))
+    predict_file(card, folder / "rows.csv", tmp_path / "named.csv")
+    assert sizes == [100, load_recipe("digits/mmoe").train.eval_batch_size]
 
 
 def test_tensorboard_gets_losses_metrics_and_routing(tmp_path):

@@ -200,15 +200,35 @@ def test_early_stopping_on_a_metric_that_no_task_has(make_model, make_table, mak
         make_trainer(make_model(), make_table(), make_table(), early_stopping=EarlyStopping("a/aucc"))
     with pytest.raises(RecipeError, match="needs validation rows"):
         make_trainer(make_model(), make_table(), early_stopping=EarlyStopping())
+    with pytest.raises(RecipeError, match="one validation table, found several: x, y"):
+        make_trainer(make_model(), make_table(), {"x": make_table(), "y": make_table()}, early_stopping=EarlyStopping())
 
 
-def test_a_metric_that_is_never_defined_keeps_the_last_weights(make_model, make_table, make_trainer):
-    validation = make_table(16)
-    validation.tensors["labels"]["a"][:] = 1
-    trainer = make_trainer(make_model(), make_table(), validation, epochs=2, early_stopping=EarlyStopping("a/auc", 5))
-    with pytest.warns(UserWarning, match="task 'a' is not defined"):
+def one_class(table, task):
+    table.tensors["labels"][task][:] = 1
+    return table
+
+
+def test_a_metric_that_is_never_defined_does_not_stop_training_and_is_told_once(make_model, make_table, make_trainer):
+    validation = one_class(make_table(16), "a")
+    trainer = make_trainer(make_model(), make_table(), validation, epochs=5, early_stopping=EarlyStopping("a/auc", 1))
+    with pytest.warns(UserWarning, match="task 'a' is not defined") as warned:
         trainer.train()
+    assert trainer.state.epoch == 5
     assert trainer.best.weights is None
+    assert [str(w.message).startswith("early stopping: a/auc is not defined") for w in warned].count(True) == 1
+
+
+@pytest.mark.filterwarnings("ignore:auc of task 'a' is not defined")
+def test_early_stopping_watches_the_mean_over_the_tasks_that_have_it(make_model, make_table, make_trainer):
+    validation = one_class(make_table(64, seed=1), "a")
+    trainer = make_trainer(
+        make_model(), make_table(), validation, epochs=3, early_stopping=EarlyStopping("mean_auc", 3)
+    )
+    trainer.train()
+    scores = [entry["eval_b/auc"] for entry in trainer.state.log_history if "eval_b/auc" in entry]
+    assert trainer.state.best_metric == max(scores)
+    assert trainer.best.weights is not None
 
 
 def test_task_sampling_trains_one_task_per_batch(make_model, make_table, make_trainer):
