@@ -1,6 +1,5 @@
 """Makes a card: trains the model and its baselines over the seeds, compares them, writes the folder at once."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from ..hub import CONFIG, WEIGHTS, Checkpoint, file_sha256, write_manifest, zoo_
 from ..training.recipe import load_recipe
 from .bootstrap import paired_bootstrap
 from .environment import hardware, packages
+from .external import compared, external_rows, kept_rows, write_record
 from .page import PAGE, build_index, prose_of, render
 from .record import LOWER_IS_BETTER, RECORD, RESOLVED, load_record, measure, record_problems
 from .variants import Trained, answer, canonical, cost, load_trained, measured_tasks, statistics, train, variants
@@ -26,7 +26,7 @@ def make(
     data_path: str | None = None,
     runs: str | Path | None = None,
     budget: str = "nightly",
-    external: list[dict[str, Any]] | None = None,
+    external: str | Path | None = None,
     echo: Callable[[str], None] = print,
 ) -> Path:
     """Writes `model_cards/<card.name>/` and the table of the zoo; returns the folder.
@@ -39,8 +39,8 @@ def make(
         data_path: where the rows are, for data sets that are read from a path.
         runs: folder that keeps the trained models, so that a second card, or a second try, does not train them again.
         budget: `ci` if the record is small enough to be repeated at every change, else `nightly`.
-        external: other libraries on the same split: `{"model", "source": command, "metrics": {task: {metric: value}}}`;
-            by default those of the record that is replaced, if its data are the same.
+        external: `trees.json` of `moe-mtl bench trees`: other tools on the same rows; by default those of the record
+            that is replaced, if its data are the same.
         echo: gets a line for each model trained.
 
     Raises:
@@ -101,18 +101,22 @@ def make(
             "elements": checkpoint.num_parameters,
         },
         "rows": rows,
-        "single_task_cost": {task.name: cost(model, task.name) for task in tasks},
+        "single_task_cost": {task.name: cost(model, task.name) | _experts_of(model, task.name) for task in tasks},
         "comparison": _comparison(tasks, trained, splits.test, own.train.eval_batch_size),
         "bootstrap": {"resamples": RESAMPLES, "confidence": CONFIDENCE},
         "wall_s": round(sum(one.wall_s for variant in trained.values() for one in variant), 1),
         "hardware": hardware(),
         "packages": packages(),
         "budget": budget,
-    } | ({"external": external} if external else {})
-    if external is None and (zoo_folder() / own.card.name / RECORD).exists():
-        earlier = load_record(zoo_folder() / own.card.name)
-        if "external" in earlier and earlier["data"] == record["data"]:
-            record["external"] = earlier["external"]
+    }
+    earlier = zoo_folder() / own.card.name
+    others = external_rows(external, record) if external is not None else []
+    if external is None and (earlier / RECORD).exists():
+        others = kept_rows(load_record(earlier), record)
+    if others:
+        record["external"] = others
+        if not compared(record):
+            echo(f"the other tools were not compared with these weights: moe-mtl bench trees --model {own.card.name}")
     return write_card(record, best)
 
 
@@ -129,7 +133,7 @@ def write_card(record: dict[str, Any], trained: Path) -> Path:
         resolved = load_recipe(trained / RESOLVED)
         resolved.data.path = None
         (folder / RESOLVED).write_text(resolved.to_yaml(), encoding="utf-8")
-        (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_record(folder, record)
         (folder / PAGE).write_text(render(folder, prose), encoding="utf-8")
         write_manifest(folder)
     build_index()
@@ -163,6 +167,12 @@ def _cost_of(trained: Trained) -> dict[str, int]:
     """Of all models that it takes to answer every task."""
     costs = [cost(load_trained(folder)[0]) for folder in trained.folders.values()]
     return {key: sum(one[key] for one in costs) for key in costs[0]}
+
+
+def _experts_of(model: Any, task: str) -> dict[str, list[int]]:
+    """The experts that a task keeps, where its config names them: those of a gate that chooses."""
+    kept = model.extract_task(task).config.to_dict().get("experts_kept")
+    return {} if kept is None else {"experts": kept}
 
 
 def _comparison(

@@ -106,7 +106,7 @@ def results(record: Mapping[str, Any]) -> str:
     """The generated block: every table of a card and how to make it again."""
     parts = [_metrics_table(record), _comparison(record), _cost_table(record)]
     if record.get("external"):
-        parts.append(_external_table(record))
+        parts.append(_external(record))
     return "\n\n".join([*parts, _provenance(record)])
 
 
@@ -158,28 +158,54 @@ def verdict(entry: Mapping[str, Any]) -> str:
 
 def _cost_table(record: Mapping[str, Any]) -> str:
     own = this_row(record)
-    rows = [
-        [
-            task,
-            f"{cost['parameters']:,}",
-            f"{cost['parameters'] / own['parameters']:.0%}",
-            f"{cost['multiply_adds']:,}",
-            f"{cost['multiply_adds'] / own['multiply_adds']:.0%}",
-        ]
-        for task, cost in record["single_task_cost"].items()
-    ]
     header = ["one task alone", "parameters", "of all", "multiply-adds per row", "of all"]
+    chosen = any("experts" in cost for cost in record["single_task_cost"].values())
+    rows = []
+    for task, cost in record["single_task_cost"].items():
+        experts = cost.get("experts")
+        cells = ["all" if experts is None else f"{len(experts)} ({', '.join(map(str, experts))})"] if chosen else []
+        for key in ("parameters", "multiply_adds"):
+            cells += [f"{cost[key]:,}", f"{cost[key] / own[key]:.0%}"]
+        rows.append([task, *cells])
+    if chosen:
+        header.insert(1, "experts kept (which)")
     return f"What one task costs, `from_pretrained(..., tasks=[task])`:\n\n{table(header, rows)}"
 
 
-def _external_table(record: Mapping[str, Any]) -> str:
-    columns = sorted({(task, m) for peer in record["external"] for task, ms in peer["metrics"].items() for m in ms})
+def _external(record: Mapping[str, Any]) -> str:
+    columns = list(
+        dict.fromkeys((t, m) for peer in record["external"] for t, ms in peer["metrics"].items() for m in ms)
+    )
     rows = []
     for peer in record["external"]:
         cells = [peer["metrics"].get(task, {}).get(metric) for task, metric in columns]
         rows.append([peer["model"], *["" if cell is None else _number(cell) for cell in cells], f"`{peer['source']}`"])
-    header = ["other libraries", *[f"{task} {_named(metric)}" for task, metric in columns], "measured by"]
-    return f"Measured by us on the same split:\n\n{table(header, rows)}"
+    header = ["other tools", *[f"{task} {_named(metric)}" for task, metric in columns], "measured by"]
+    told = "\n".join(f"- {_who_is_ahead(record, task, metric)}" for task, metric in columns)
+    return f"Other tools, measured by us on the same split:\n\n{table(header, rows)}\n\n{told}"
+
+
+def _who_is_ahead(record: Mapping[str, Any], task: str, metric: str) -> str:
+    """One sentence: the best of the other tools and the shipped weights; if not compared, and the seeds' mean."""
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    peers = [peer for peer in record["external"] if metric in peer["metrics"].get(task, {})]
+    best = max(peers, key=lambda peer: sign * peer["metrics"][task][metric])
+    gap = best.get("differences", {}).get(task, {}).get(metric)
+    if gap is None:
+        mean = this_row(record)["metrics"][task][metric]["mean"] - best["metrics"][task][metric]
+        who, how = "the mean over the seeds", "not compared row by row"
+    else:
+        mean, who = gap["mean"], "these weights"
+        word = verdict({"metric": metric, **gap})
+        how = f"these weights minus it {_signed(gap['ci_low'])} to {_signed(gap['ci_high'])}"
+        how += f", {word}" if word == "no difference shown" else ""
+    if _number(abs(mean)) == _number(0):
+        told = f"{best['model']}, and {who} are level"
+    elif sign * mean < 0:
+        told = f"{best['model']}, is ahead of {who} by {_number(abs(mean))}"
+    else:
+        told = f"{who} {'is' if gap is None else 'are'} ahead of {best['model']}, by {_number(abs(mean))}"
+    return f"{task} {metric}: {told} ({how})."
 
 
 def _provenance(record: Mapping[str, Any]) -> str:

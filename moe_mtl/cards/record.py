@@ -16,6 +16,7 @@ SAME_DIGITS = 1e-4  # what a repetition may be off by where packages and process
 NUMBER = (int, float)
 MEASURE = {"values": [NUMBER], "mean": NUMBER, "std": NUMBER}
 COST = {"parameters": int, "multiply_adds": int}
+DIFFERENCE = {"mean": NUMBER, "ci_low": NUMBER, "ci_high": NUMBER}
 # Types as leaves; [x] is a list of x, {"*": x} a mapping of any names to x, a key with "?" may be absent.
 SCHEMA: dict[str, Any] = {
     "name": str,
@@ -37,15 +38,24 @@ SCHEMA: dict[str, Any] = {
             "metrics": {"*": {"*": MEASURE}},
         }
     ],
-    "single_task_cost": {"*": COST},
-    "comparison": [{"baseline": str, "task": str, "metric": str, "mean": NUMBER, "ci_low": NUMBER, "ci_high": NUMBER}],
+    # Of a model whose tasks choose among the experts, those that the task keeps.
+    "single_task_cost": {"*": {**COST, "experts?": [int]}},
+    "comparison": [{"baseline": str, "task": str, "metric": str, **DIFFERENCE}],
     "bootstrap": {"resamples": int, "confidence": NUMBER},
     "tolerance?": {"*": NUMBER},  # of older records; it follows from the values now
     "wall_s": NUMBER,
     "hardware": str,
     "packages": {"*": str},
     "budget": BUDGETS,
-    "external?": [{"model": str, "source": str, "metrics": {"*": {"*": NUMBER}}}],
+    # `differences`: the shipped weights minus the tool, on the same resampled rows.
+    "external?": [
+        {
+            "model": str,
+            "source": str,
+            "metrics": {"*": {"*": NUMBER}},
+            "differences?": {"*": {"*": DIFFERENCE}},
+        }
+    ],
 }
 
 
@@ -155,6 +165,11 @@ def _disagreements(record: Mapping[str, Any]) -> list[str]:
             problems.append(f"{where}: no such row or metric")
         if entry["ci_low"] > entry["ci_high"]:
             problems.append(f"{where}: the ends of the interval are swapped")
+    for row in record.get("external", []):
+        told = {(task, metric) for task, metrics in row["metrics"].items() for metric in metrics}
+        apart = {(task, metric) for task, metrics in row.get("differences", {}).items() for metric in metrics}
+        if not told <= measured or (apart and apart != told):
+            problems.append(f"external.{row['model']}: expected tasks and metrics of {own[0]['model']}, each compared")
     for task in record["single_task_cost"].keys() ^ own[0]["metrics"].keys():
         problems.append(f"single_task_cost: expected the tasks that are measured, found a difference in {task}")
     return problems

@@ -4,6 +4,9 @@ moe-mtl cards check [NAME ...]             is each page what its record gives, a
 moe-mtl cards build [NAME ...]             writes the pages anew from the records
 moe-mtl cards reproduce [NAME ...]         trains the small records again and compares
 moe-mtl cards make RECIPE                  trains a model and its baselines over the seeds, and writes a card
+
+Trees beside a model: moe-mtl bench trees --model NAME --output DIR, then moe-mtl cards build NAME --external
+DIR/trees.json.
 """
 
 import argparse
@@ -22,6 +25,9 @@ def configure(parser: Parser) -> None:
     parser.add_argument("--data.path", dest="data_path", metavar="PATH", help="the rows, where a data set reads a file")
     parser.add_argument("--baseline", metavar="RECIPE", help="make: the shared bottom to compare with")
     parser.add_argument("--runs", metavar="DIR", help="make: keep the trained models there")
+    parser.add_argument(
+        "--external", metavar="FILE", help="make, build: trees.json of moe-mtl bench trees, for the cards it compares"
+    )
     parser.add_json()
     parser.set_defaults(**{OVERRIDES: []})
 
@@ -52,7 +58,14 @@ def _build(arguments: argparse.Namespace, names: list[str] | str) -> int:
     from ..cards import build_card, build_index
     from ..hub import resolve, zoo
 
-    folders = zoo().values() if names == "all" else [resolve(name) for name in names]
+    folders = list(zoo().values()) if names == "all" else [resolve(name) for name in names]
+    if arguments.external is not None:
+        from ..cards.external import attach
+
+        if names == "all":
+            raise UsageError("moe-mtl cards build --external: expected the names of the cards, found none")
+        for folder in folders:
+            attach(folder, arguments.external)
     written = [str(path) for path in (*map(build_card, folders), *build_index())]
     print_json(written) if arguments.json else print("\n".join(f"wrote {path}" for path in written))
     return 0
@@ -80,6 +93,7 @@ def _make(arguments: argparse.Namespace, names: list[str] | str) -> int:
             data_path=arguments.data_path,
             runs=arguments.runs,
             budget=arguments.budget or "nightly",
+            external=arguments.external,
             echo=say,
         )
     print_json(str(Path(folder))) if arguments.json else say(f"wrote {folder}")

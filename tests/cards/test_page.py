@@ -68,10 +68,14 @@ def test_prose_survives_and_numbers_follow_the_record(card):
     assert (card / "README.md").read_text() == after
 
 
-def test_external_rows(card):
+def test_the_experts_that_a_task_keeps(card):
     record = load_record(card)
-    record["external"] = [{"model": "lightgbm", "source": "python peers.py", "metrics": {"parity": {"auc": 0.99}}}]
-    assert "| lightgbm | 0.9900 | `python peers.py` |" in page.results(record)
+    assert "experts kept" not in page.results(record)
+    record["single_task_cost"]["parity"]["experts"] = [1, 6]
+    text = page.results(record)
+    assert "| one task alone | experts kept (which) | parameters | of all |" in text
+    assert "| parity | 2 (1, 6) | 6 | 60% |" in text
+    assert "| digit | all | 6 |" in text
 
 
 @pytest.mark.parametrize("text", ["none", "{0}", "{1}{0}", "{0}{1}{0}{1}"])
