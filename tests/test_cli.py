@@ -513,3 +513,27 @@ def test_train_marks_a_metric_that_is_not_defined_and_tells_what_was_inferred(
     told = capsys.readouterr()
     assert [line.split()[:3] for line in told.out.splitlines() if "validation" in line] == [["validation", "y", "-"]]
     assert "  x: numeric (30 distinct numbers)" in told.err.splitlines()
+
+
+def test_an_extracted_conversion_is_measured_on_the_clicked_rows_as_in_the_full_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 2000))
+    click = rng.random(2000) < 1 / (1 + np.exp(-x))
+    bought = click & (rng.random(2000) < 1 / (1 + np.exp(-y)))
+    columns = {"x": x, "y": y, "click": click.astype(int), "conversion": bought.astype(int)}
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    keys = ["--data.path", tmp_path / "rows.parquet", "--train.epochs", "2", "--train.learning_rate", "0.01"]
+    assert run("train", "table/esmm", "--output", tmp_path / "full", *keys) == 0
+    assert run("extract", tmp_path / "full", "conversion", "--output", tmp_path / "small") == 0
+    capsys.readouterr()
+    for source in ([], ["--data", tmp_path / "rows.parquet"]):
+        found = []
+        for folder in ("full", "small"):
+            assert run("evaluate", tmp_path / folder, *source, "--task", "conversion", "--json") == 0
+            found.append(json.loads(capsys.readouterr().out)["metrics"])
+        assert found[0] == found[1]
+    # Fine-tuned, it does not take rows without a click for rows without a conversion.
+    rows = TabularProcessor.from_pretrained(tmp_path / "small")(tmp_path / "rows.parquet")
+    assert torch.equal(torch.isnan(rows["labels"]["conversion"]), torch.tensor(~click))

@@ -43,7 +43,7 @@ def extract(model: str | Path, tasks: list[str], output: str | Path) -> dict[str
 
     folder = resolve(model)
     small = AutoModelForMultiTask.from_pretrained(folder, tasks=tasks)
-    processor = _narrowed(TabularProcessor.from_pretrained(folder), small.config.parsed_tasks)
+    processor = TabularProcessor.from_pretrained(folder).for_tasks(small.tasks)
     try:
         recipe = recipe_of(folder).to_yaml()
     except RecipeError:
@@ -60,14 +60,3 @@ def extract(model: str | Path, tasks: list[str], output: str | Path) -> dict[str
         "parameters": small.num_parameters(),
         "parameters_of_all": Checkpoint(folder).num_parameters,
     }
-
-
-def _narrowed(processor: Any, tasks: list[Any]) -> Any:
-    """The processor for `tasks` alone; a label made of other tasks' labels needs those."""
-    fields = processor.to_dict()
-    names = {task.name for task in tasks}
-    labels = [label for label in fields["labels"] if label["task"] in names]
-    for label in labels:
-        if absent := [name for name in label.get("all_of") or () if name not in names]:
-            raise ValueError(f"the label of task {label['task']!r} is made of that of {absent[0]!r}: extract both")
-    return type(processor).from_dict(fields | {"tasks": [task.to_dict() for task in tasks], "labels": labels})

@@ -2,8 +2,8 @@
 
 A declaration per task, all fields optional:
 
-    column      the column (default: the task's name), or a list of columns for a multilabel or multi-output regression
-    task
+    column      the column (default: the task's name), or a list of columns for a multilabel or multi-output
+                regression task
     positive    binary: the value or values that count as 1; every other one is 0
     negative    binary: the values that count as 0; with it any further value is an error
     all_of      binary: tasks; 1 where all of them are 1 (clicked and bought), 0 where one is 0
@@ -15,7 +15,9 @@ A declaration per task, all fields optional:
 A missing value is a missing label: NaN, or -100 for classes.
 """
 
+import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +59,8 @@ class Label:
         separator: what cuts a multilabel text column.
         mean, std: scale per output (regression).
         weight_column: where the row weights are, or None.
+        within: binary labels from columns, or None: where one of them is not 1, the label is missing. A task whose
+            sample space was left behind has them.
     """
 
     task: str
@@ -70,11 +74,13 @@ class Label:
     mean: list[float] | None = None
     std: list[float] | None = None
     weight_column: str | None = None
+    within: list["Label"] | None = None
 
     @property
     def reads(self) -> list[str]:
         """The columns it needs."""
-        return self.columns + ([self.weight_column] if self.weight_column else [])
+        own = self.columns + ([self.weight_column] if self.weight_column else [])
+        return own + [column for label in self.within or () for column in label.reads]
 
     def encode(self, batch: Columns, missing: Sequence[str], rows: Sequence[int]) -> np.ndarray:
         """float32 or int64, `[B]` or `[B, C]` as the kind has it. Not for `all_of`, which the processor joins.
@@ -93,6 +99,19 @@ class Label:
         if self.classes is not None:
             return self._tags(batch[self.columns[0]], missing, rows)
         return np.stack([self._truth(column, batch, missing, rows) for column in self.columns], axis=1)
+
+    def masked(self, values: np.ndarray, batch: Columns, missing: Sequence[str], rows: Sequence[int]) -> np.ndarray:
+        """Encoded labels, missing where one of `within` is not 1."""
+        for label in self.within or ():
+            outside_B = label.encode(batch, missing, rows) != 1
+            values[outside_B] = np.nan if values.dtype.kind == "f" else -100
+        return values
+
+    def inside(self, space: Sequence["Label"]) -> "Label":
+        """This label, missing where one of the labels of `space` is not 1; these are binary and from columns."""
+        parts = [dataclasses.replace(part, weight_column=None, within=None) for part in space]
+        parts += [further for part in space for further in part.within or ()]
+        return dataclasses.replace(self, within=[*(self.within or ()), *parts])
 
     def _truth(self, column: str, batch: Columns, missing: Sequence[str], rows: Sequence[int]) -> np.ndarray:
         codes, texts = factorise(batch[column], missing, column)
@@ -168,6 +187,9 @@ class Label:
         outputs = len(self.classes if self.classes is not None else self.columns) or 1
         if outputs != task.num_outputs:
             raise DataError(f"{where}: expected {task.num_outputs} outputs, found {outputs}")
+        for part in self.within or ():
+            if part.kind != "binary" or part.all_of is not None or part.within is not None:
+                raise DataError(f"{where}: within: expected binary labels from columns, found {part.to_dict()!r:.80}")
         for name in self.all_of or ():
             other = labels.get(name)
             if other is None or other.kind != "binary" or other.all_of is not None:
@@ -175,6 +197,8 @@ class Label:
 
     def to_dict(self) -> dict[str, Any]:
         fields = {name: value for name, value in vars(self).items() if value is not None}
+        if self.within is not None:
+            fields["within"] = [label.to_dict() for label in self.within]
         if self.kind != "multilabel":
             del fields["separator"]
         return fields
@@ -192,6 +216,10 @@ class Label:
                     check_number(number, f"{where}: {key}", 0.0 if key == "std" else -math.inf)
             elif key in ("columns", "positive", "negative", "all_of", "classes"):
                 check_vocabulary(value, f"{where}: {key}")
+            elif key == "within":
+                if not isinstance(value, list) or not value:
+                    raise DataError(f"{where}: within: expected a list of labels, found {value!r:.80}")
+                fields["within"] = [cls.from_dict(part) for part in value]
             elif not isinstance(value, str):
                 raise DataError(f"{where}: {key}: expected a text, found {value!r:.80}")
         label = cls(**fields)
@@ -303,12 +331,22 @@ class LabelFitter:
 
     def _classes(self, found: list[str]) -> list[str]:
         """Sorted, as numbers where all are integers. Integers below the number of outputs are class ids as they are."""
-        whole = all(text.removeprefix("-").isdecimal() for text in found)
-        if whole and self.outputs is not None and found and all(0 <= int(text) < self.outputs for text in found):
-            return [str(i) for i in range(self.outputs)]
         if not found:
             raise DataError(f"{self.where}: expected at least one label, found none", self.label.columns[0])
-        return sorted(found, key=int) if whole else sorted(found)
+        whole = _integers(found)
+        if whole is None:
+            return sorted(found)
+        if self.outputs is not None and all(0 <= number < self.outputs for number in whole):
+            return [str(i) for i in range(self.outputs)]
+        return [str(number) for number in sorted(whole)]
+
+
+def _integers(texts: Sequence[str]) -> list[int] | None:
+    """The texts as integers if each of them is how an int64 is written (`007` is not), else None."""
+    if not all(re.fullmatch(r"0|-?[1-9][0-9]{0,18}", text) for text in texts):
+        return None
+    values = [int(text) for text in texts]
+    return values if all(-(2**63) <= value < 2**63 for value in values) else None
 
 
 def task_fields(task: Task | Mapping[str, Any]) -> dict[str, Any]:
@@ -340,6 +378,6 @@ def decode_task(task: Task, label: Label, logits_BC: torch.Tensor) -> dict[str, 
     columns = {f"{task.name}/{name}": predicted[:, i].numpy() for i, name in enumerate(names)}
     if task.kind == "multilabel":
         return columns
-    whole = all(name.removeprefix("-").isdecimal() for name in names)
-    values = np.array([int(name) for name in names] if whole else names, dtype=np.int64 if whole else object)
+    whole = _integers(names)
+    values = np.array(names, dtype=object) if whole is None else np.array(whole, dtype=np.int64)
     return {task.name: values[predicted.argmax(1).numpy()]} | columns

@@ -1,5 +1,6 @@
 """From a user's rows to tensors and from logits back to the user's units; learnt once, saved beside the model."""
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..files import write_atomically
 from ..naming import nearest
-from ..tasks import Task, UnknownTaskError, parse_tasks
+from ..tasks import Task, UnknownTaskError, check_task_names, parse_tasks
 from .categories import ListColumn, check_vocabulary
 from .errors import DataError, check_choice, check_keys
 from .features import COLUMNS, Column, FeatureFitter
@@ -143,6 +144,34 @@ class TabularProcessor:
         """The tasks as a config holds them."""
         return [task.to_dict() for task in self.parsed_tasks]
 
+    def for_tasks(self, tasks: Sequence[str]) -> "TabularProcessor":
+        """The processor of the model that answers only `tasks`; it reads no other label.
+
+        A task whose sample space is left behind keeps it: rows outside of it have no label, so that it is measured and
+        trained on the rows it always was.
+
+        Raises:
+            UnknownTaskError: a task the processor does not know.
+            DataError: a label that cannot be read without that of a task left behind.
+        """
+        names = check_task_names(tasks, list(self.labels))
+        kept, labels = [], {}
+        for task in self.parsed_tasks:
+            if task.name not in names:
+                continue
+            label = self.labels[task.name]
+            if absent := [name for name in label.all_of or () if name not in names]:
+                raise DataError(f"the label of task {task.name!r} is made of that of {absent[0]!r}: extract both")
+            if task.space is not None and task.space not in names:
+                if within := [other.name for other in self.parsed_tasks if other.space == task.name]:
+                    raise DataError(f"task {within[0]!r} counts where {task.name!r} is 1: extract {task.space!r} too")
+                space = self.labels[task.space]
+                parts = [space] if space.all_of is None else [self.labels[name] for name in space.all_of]
+                label, task = label.inside(parts), dataclasses.replace(task, space=None)
+            kept.append(task)
+            labels[task.name] = label
+        return type(self)(self.columns, kept, labels, self.group_column, self.known_columns, self.missing_values)
+
     # --- rows -> tensors ---
 
     def __call__(self, rows: Any, labels: bool = True) -> dict[str, Any]:
@@ -225,6 +254,8 @@ class TabularProcessor:
                 parts = np.stack([own[task] for task in label.all_of])
                 # One 0 decides, whatever is missing beside it; a product would turn 0 x NaN into NaN.
                 own[name] = np.where((parts == 0).any(0), np.float32(0), parts.prod(0))
+        for name, label in self.labels.items():
+            own[name] = label.masked(own[name], batch, self.missing_values, rows)
         return {name: torch.from_numpy(np.ascontiguousarray(own[name])) for name in self.labels}
 
     def _groups(self, column: Any, rows: Sequence[int]) -> np.ndarray:

@@ -25,7 +25,7 @@ def build(recipe: Recipe, splits: DataSplits) -> tuple[MultiTaskModel, TabularPr
         raise RecipeError("section 'model': 'features' come from the data and cannot be set")
     fitted = splits.fit_processor()
     if section.source is None:
-        processor = _with_tasks(fitted, _chosen(section.tasks, list(fitted.labels), "model.tasks"))
+        processor = fitted.for_tasks(_chosen(section.tasks, list(fitted.labels), "model.tasks"))
         fields = {"features": processor.features, "tasks": _weighted(processor, recipe)}
         model = _configured(str(section.type), fields | section.config)
         new: set[str] = set()
@@ -56,9 +56,10 @@ def _from_saved(
     absent = [task for task in model.tasks if task not in saved.labels]
     if absent:
         raise RecipeError(f"model.from: the processor of {section.source} lacks the task {absent[0]!r} of its model")
+    saved = saved.for_tasks(model.tasks)
     # What was learnt stays as it is: columns, and the labels of the old tasks (a regression's scale is part of its
     # answers).
-    old = [task for task in saved.parsed_tasks if task.name in model.tasks]
+    old = saved.parsed_tasks
     tasks = old + [task for task in fitted.parsed_tasks if task.name in added]
     labels = {task.name: saved.labels[task.name] if task in old else fitted.labels[task.name] for task in tasks}
     group = fitted.group_column or saved.group_column
@@ -119,17 +120,6 @@ def _chosen(names: list[str] | None, known: list[str], where: str) -> list[str]:
     if not names:
         raise RecipeError(f"{where}: expected at least one of {', '.join(known)}, found an empty list")
     return [name for name in known if name in names]
-
-
-def _with_tasks(processor: TabularProcessor, names: list[str]) -> TabularProcessor:
-    """The processor with some of its tasks. Its columns were fitted beside all labels: no label becomes one."""
-    if names == list(processor.labels):
-        return processor
-    tasks = [task for task in processor.parsed_tasks if task.name in names]
-    labels = {name: processor.labels[name] for name in names}
-    return TabularProcessor(
-        processor.columns, tasks, labels, processor.group_column, processor.known_columns, processor.missing_values
-    )
 
 
 def _weighted(processor: TabularProcessor, recipe: Recipe) -> list[dict[str, Any]]:

@@ -228,3 +228,81 @@ def test_arrow_tables_with_several_chunks_are_read_whole():
     processor = fit({"y": [0, 1]}, [Task("y", "binary")])
     table = pa.table({"x": pa.chunked_array([[1], [2, 3]]), "y": pa.chunked_array([[0, 1], [1]])})
     same(processor(table)["labels"]["y"], [0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("column", "classes"),
+    [
+        (["007", "7", "12"], ["007", "12", "7"]),  # one class each, as they stood in the table
+        (["10000000000000000000", "7"], ["10000000000000000000", "7"]),  # no int64
+        (["9223372036854775807", "-9223372036854775808"], [-(2**63), 2**63 - 1]),
+        ([12, 7, -3], [-3, 7, 12]),
+        (["10", "9"], [9, 10]),
+    ],
+)
+def test_classes_come_back_as_they_stood_in_the_table(column, classes):
+    processor = fit({"y": column}, [{"name": "y", "kind": "multiclass"}])
+    decoded = processor.decode({"y": torch.eye(len(classes))})
+    assert decoded["y"].tolist() == classes
+    assert list(decoded)[1:] == [f"y/{name}" for name in classes]
+    ids = encoded(processor, {"y": column})["y"]
+    assert [classes[i] for i in ids] == column or [str(classes[i]) for i in ids] == column
+
+
+SPACED = [
+    Task("click", "binary"),
+    Task("buy", "binary", space="click"),
+    Task("stars", "multiclass", 3, space="click"),
+    Task("sum", "regression", 2, space="both"),
+    Task("both", "binary", product_of=("click", "buy")),
+]
+SPACED_TABLE = {
+    "click": ["y", "n", "", "y"],
+    "buy": [1, 1, 0, 0],
+    "stars": [0, 1, 2, 1],
+    "a": [1.0, 2.0, 3.0, 4.0],
+    "b": [2.0, 3.0, 4.0, 5.0],
+}
+
+
+def test_a_task_keeps_its_sample_space_when_the_space_is_left_behind():
+    declared = {
+        "click": {"positive": "y", "weight_column": "b"},
+        "both": {"all_of": ["click", "buy"]},
+        "sum": {"column": ["a", "c"]},
+    }
+    table = SPACED_TABLE | {"c": [0.0, 1.0, 2.0, 3.0]}
+    full = fit(table, SPACED, declared)
+    same(encoded(full, table)["buy"], [1, 1, 0, 0])
+    for tasks in (["buy"], ["stars", "buy"], ["sum"]):
+        narrow = TabularProcessor.from_dict(full.for_tasks(tasks).to_dict())
+        assert set(narrow.labels) == set(tasks)
+        assert all(task.space is None for task in narrow.parsed_tasks)
+        labels = encoded(narrow, {key: values for key, values in table.items() if key != "b"})
+        if "buy" in tasks:
+            same(labels["buy"], [1, NAN, NAN, 0])
+        if "stars" in tasks:
+            same(labels["stars"], [0, -100, -100, 1])
+        if "sum" in tasks:  # the space is itself a product: clicked and bought
+            same(torch.isnan(labels["sum"]).all(1), [False, True, True, True])
+    assert full.for_tasks([task.name for task in SPACED]) == full
+    assert full.for_tasks(["click", "buy"]).parsed_tasks[1].space == "click"
+    with pytest.raises(DataError, match="label of task 'both' is made of that of 'buy': extract both"):
+        full.for_tasks(["both", "click"])
+    with pytest.raises(UnknownTaskError, match="bye"):
+        full.for_tasks(["bye"])
+    inner = Task("stars", "multiclass", 3, space="buy")
+    nested = fit(table, [*SPACED[:2], inner], {"click": declared["click"]})
+    with pytest.raises(DataError, match="'stars' counts where 'buy' is 1: extract 'click' too"):
+        nested.for_tasks(["buy", "stars"])
+
+
+@pytest.mark.parametrize(
+    "within", [[], "click", [{"task": "c", "kind": "regression", "columns": ["c"], "mean": [0], "std": [1]}]]
+)
+def test_a_space_that_is_no_binary_label_is_refused(within):
+    processor = fit({"y": [0, 1]}, [Task("y", "binary")])
+    fields = processor.to_dict()
+    fields["labels"][0]["within"] = within
+    with pytest.raises(DataError, match="within: expected"):
+        TabularProcessor.from_dict(fields)

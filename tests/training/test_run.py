@@ -381,6 +381,20 @@ def test_what_cannot_be_is_told_before_anything_is_written(own_table, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_dropping_the_space_of_a_task_keeps_the_rows_it_counts(own_table, tmp_path):
+    tasks = [{"name": "click", "kind": "binary"}, {"name": "bought", "kind": "binary", "space": "click"}]
+    content = {"data": {**own_table, "tasks": tasks}, "model": {"type": "mmoe"}, "train": {"max_steps": 2}}
+    full = run(parse_recipe(content), tmp_path / "full", progress=False)
+    dropping = {**content, "model": {"from": str(full.output_dir), "drop_tasks": ["click"]}}
+    choosing = {**content, "model": {"type": "mmoe", "tasks": ["bought"]}}
+    table = data.load(**own_table, tasks=tasks).test.read()
+    clicked = torch.tensor(table["click"].to_pylist()) == 1
+    for name, recipe in (("dropped", dropping), ("chosen", choosing)):
+        result = run(parse_recipe(recipe), tmp_path / name, progress=False)
+        assert result.model.tasks == ["bought"]
+        assert torch.equal(~torch.isnan(result.processor(table)["labels"]["bought"]), clicked)
+
+
 def test_what_was_inferred_is_told_before_training(own_table, tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(running, "make_trainer", lambda *_: pytest.fail("training began") if not told else 1 / 0)
