@@ -3,6 +3,7 @@
 Only the front matter and the block between the markers are generated.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ ZOO = ("<!-- zoo:begin -->", "<!-- zoo:end -->")
 WEIGHTS_LICENCE = "apache-2.0"
 HUB_METRICS = {"auc": "roc_auc"}  # names of the Hub where they differ from ours
 DIGITS = 4
+# Of a recipe: what says which model or tasks, or changes no number.
+NO_SETTINGS = ("type", "from", "tasks", "add_tasks", "drop_tasks", "seed", "report_to", "logging_steps", "save_steps")
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 _ROLES = {"single_task": "single-task (one model per task)", "shared_bottom": "shared-bottom"}
 
@@ -104,7 +107,7 @@ def _hub_task(kind: str) -> str:
 
 def results(record: Mapping[str, Any]) -> str:
     """The generated block: every table of a card and how to make it again."""
-    parts = [_metrics_table(record), _comparison(record), _cost_table(record)]
+    parts = [_metrics_table(record), _settings(record), _comparison(record), _cost_table(record)]
     if record.get("external"):
         parts.append(_external(record))
     return "\n\n".join([*parts, _provenance(record)])
@@ -131,6 +134,37 @@ def _metrics_table(record: Mapping[str, Any]) -> str:
     header = ["model", "parameters", "multiply-adds per row", *[f"{task} {_named(metric)}" for task, metric in columns]]
     seeds = f"Test rows; mean ± standard deviation over {len(record['seeds'])} seeds."
     return f"{seeds} ↓: lower is better.\n\n{table(header, rows)}"
+
+
+def _settings(record: Mapping[str, Any]) -> str:
+    """In which settings the recipes of model and baselines differ: such a difference is no merit of the model."""
+    own = _settings_of(record["recipe"])
+    told = []
+    for name in dict.fromkeys(row["recipe"] for row in record["rows"] if row["role"] != "this"):
+        theirs = _settings_of(name)
+        differing = [key for key in own if key in theirs and own[key] != theirs[key]]
+        differences = [f"{key} {_value(own[key])} here, {_value(theirs[key])} there" for key in differing]
+        if differences:
+            sentences = [f"The baselines follow `{name}`, whose settings differ: {'; '.join(differences)}."]
+        else:
+            sentences = [f"The baselines follow `{name}`; settings that both recipes have are the same."]
+        for where, some, others in (("here", own, theirs), ("there", theirs, own)):
+            if only := [f"{key} {_value(value)}" for key, value in some.items() if key not in others]:
+                sentences.append(f"Only {where}: {', '.join(only)}.")
+        told.append(" ".join(sentences))
+    return "\n\n".join(told)
+
+
+def _settings_of(recipe: str) -> dict[str, Any]:
+    """What a recipe sets of model and training, defaults of training included."""
+    from ..training.recipe import load_recipe
+
+    content = load_recipe(recipe).to_dict()
+    return {k: v for part in ("model", "train") for k, v in content[part].items() if k not in NO_SETTINGS}
+
+
+def _value(value: Any) -> str:
+    return "none" if value is None else json.dumps(value)
 
 
 def _comparison(record: Mapping[str, Any]) -> str:

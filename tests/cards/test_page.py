@@ -68,6 +68,22 @@ def test_prose_survives_and_numbers_follow_the_record(card):
     assert (card / "README.md").read_text() == after
 
 
+def test_settings_that_differ_are_told(card):
+    recipes = card.parents[1] / "recipes" / "digits"
+    same = "The baselines follow `digits/shared_bottom`; settings that both recipes have are the same."
+    assert same in page.results(load_record(card))
+    (recipes / "mmoe.yaml").write_text(
+        "model: {type: mmoe, dropout: 0.4, num_experts: 2}\ntrain: {learning_rate: 1e-2, early_stopping: {patience: 5}}"
+    )
+    (recipes / "shared_bottom.yaml").write_text("model: {type: shared_bottom, dropout: 0.2, bottom_dims: [8]}")
+    told = (
+        "The baselines follow `digits/shared_bottom`, whose settings differ: dropout 0.4 here, 0.2 there; "
+        'learning_rate 0.01 here, 0.001 there; early_stopping {"metric": "loss", "patience": 5} here, none there. '
+        "Only here: num_experts 2. Only there: bottom_dims [8]."
+    )
+    assert told in page.results(load_record(card))
+
+
 def test_the_experts_that_a_task_keeps(card):
     record = load_record(card)
     assert "experts kept" not in page.results(record)
