@@ -1,9 +1,7 @@
 """Files written whole or not at all, and read without trusting who wrote them.
 
-Writing: beside their place, flushed to the disk, then renamed.
-
-POSIX promises that `rename` within one file system is atomic, not that the bytes were
-written before it: hence the `fsync`s.
+Writing: beside their place, flushed to the disk, then renamed. POSIX promises that `rename` within one file system is
+atomic, not that the bytes were written before it: hence the `fsync`s.
 """
 
 import json
@@ -32,8 +30,6 @@ MODEL_FILES = (
 )
 # What training leaves beside a model: a folder that holds only this is ours too, though a save must keep it.
 TRAINING_FILES = ("checkpoint-*", "logs", "runs", "README.md", "results.json", "report.html")
-
-
 MAX_JSON_BYTES = 32 * 2**20
 
 
@@ -98,6 +94,36 @@ def staged_folder(target: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+@contextmanager
+def replaced_files(folder: str | Path, superseded: tuple[str, ...]) -> Iterator[Path]:
+    """Yields an empty folder within `folder`; when the block ends well, its files move into `folder` by rename.
+
+    Files of `folder` that match `superseded` and were not written anew go; all others stay.
+
+    Raises:
+        FileExistsError: `folder` is a file.
+        OSError: the disk is full; `folder` is as it was.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"expected a folder to save into, found a file: {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = _beside(folder / "model", "staging")
+    staging.mkdir()
+    try:
+        yield staging
+        _sync_tree(staging)
+        written = sorted(entry.name for entry in staging.iterdir())
+        for name in written:
+            os.replace(staging / name, folder / name)
+        for entry in folder.iterdir():
+            if entry.name not in written and entry.is_file() and _matches(entry, superseded):
+                entry.unlink()
+        _sync_folder(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _swap(staging: Path, target: Path) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,10 +25,20 @@ if TYPE_CHECKING:
 
 WEIGHTS, INDEX, CONFIG, MANIFEST = "model.safetensors", "model.safetensors.index.json", "config.json", "manifest.json"
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.md"]  # never code, never pickles
+WEIGHT_FILES = (WEIGHTS, "model-*.safetensors", INDEX)
 MAX_HEADER_BYTES = 16 * 2**20  # some 150,000 tensors; the format itself allows 100 MB
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
-CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
+# The last two name kernels, which transformers may fetch from the Hub: an argument of from_pretrained can ask for that.
+CODE_KEYS = (
+    "auto_map",
+    "custom_pipelines",
+    "trust_remote_code",
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "_experts_implementation",
+)
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -74,12 +85,16 @@ def resolve(
     Raises:
         ModelNotFoundError: nothing of that name; the message lists the nearest names of the zoo.
     """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ModelNotFoundError(f"expected a model folder, found a file: {path}")
     name, models = str(name_or_path), zoo()
+    try:
+        path = Path(name_or_path).expanduser()
+        is_folder, is_file = path.is_dir() and bool(name), path.is_file()
+    except (OSError, RuntimeError, ValueError):  # too long, a home of nobody, a byte 0: no path at all
+        is_folder = is_file = False
+    if is_folder:
+        return path
+    if is_file:
+        raise ModelNotFoundError(f"expected a model folder, found a file: {path}")
     if name in models:
         return models[name]
     if _HUB_ID.fullmatch(name):
@@ -154,14 +169,21 @@ def write_manifest(folder: str | Path) -> None:
     )
 
 
-def verify_manifest(folder: str | Path) -> None:
-    """Raises CheckpointError if a file named by `manifest.json` differs. Without a manifest, nothing is checked."""
+def verify_manifest(folder: str | Path, *, weights: bool = True) -> None:
+    """Raises CheckpointError if a file named by `manifest.json` differs. Without a manifest, nothing is checked.
+
+    Args:
+        folder: of the model.
+        weights: whether to read the safetensors too.
+    """
     if not (Path(folder) / MANIFEST).exists():
         return
     hashes = read_json(folder, MANIFEST).get("sha256")
     if not isinstance(hashes, dict):
         raise CheckpointError(f"expected an object 'sha256' in {MANIFEST} of {folder}, found {type(hashes).__name__}")
     for name, expected in hashes.items():
+        if name.endswith(".safetensors") and not weights:
+            continue
         found = file_sha256(safe_file(folder, name))
         if found != expected:
             raise CheckpointError(
@@ -172,6 +194,69 @@ def verify_manifest(folder: str | Path) -> None:
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- to the Hub ------------------------------------------------------------------------------------------------------
+
+
+def add_companions(folder: Path, origin: str, card: str) -> None:
+    """Lays beside the weights in `folder` what a user needs with them, from the folder they were loaded from.
+
+    Args:
+        folder: of the weights and their config.
+        origin: the folder, zoo name or Hub id that the model came from, if any.
+        card: the text of `README.md` where the card of `origin` does not hold for these weights.
+    """
+    try:
+        source = resolve(origin, local_files_only=True)
+    except ModelNotFoundError:
+        source = None
+    if source is not None:
+        companions = {"preprocessor_config.json", "processor_config.json", "recipe.resolved.yaml"}
+        if _same_weights(folder, source):
+            companions |= {"README.md", "results.json", "metrics.json"}
+        for entry in source.iterdir():
+            if entry.name in companions:
+                shutil.copyfile(safe_file(source, entry.name), folder / entry.name)
+    if not (folder / "README.md").exists():
+        write_atomically(folder / "README.md", card)
+
+
+def _same_weights(folder: Path, other: Path) -> bool:
+    try:
+        ours, theirs = Checkpoint(folder), Checkpoint(other)
+    except (OSError, ValueError):
+        return False
+    if ours.shapes != theirs.shapes or ours.dtypes != theirs.dtypes:
+        return False
+    return all(ours.read(name).equal(theirs.read(name)) for name in ours.shapes)
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    commit_message: str,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    create_pr: bool,
+) -> str:
+    """Uploads a model folder in one commit, making the repository where there is none; returns the commit's URL."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not create_pr:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        allow_patterns=[*HUB_PATTERNS, "*.yaml"],
+        commit_message=commit_message,
+        revision=revision,
+        create_pr=create_pr,
+    ).commit_url
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
@@ -192,9 +277,13 @@ class Checkpoint:
         ModelNotFoundError: no weights in the folder.
         UnsafeFileError: only pickles, or a path that leads out of the folder.
         CheckpointError: truncated, shards that contradict the index, an unknown dtype, a manifest that does not match.
+
+    Args:
+        folder: where it lies.
+        hash_weights: compare the weights with the manifest too, where there is one: that reads every byte of them.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, hash_weights: bool = True) -> None:
         self.folder = Path(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -206,30 +295,16 @@ class Checkpoint:
             self._read_header(name)
         if weight_map is not None:
             self._compare_with_index(weight_map)
-        verify_manifest(self.folder)
+        verify_manifest(self.folder, weights=hash_weights)
 
     @cached_property
     def num_parameters(self) -> int:
         """Elements of all tensors together."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
-    def check(self, expected: Mapping[str, Sequence[int]], *, allow_unexpected: bool = False) -> None:
-        """Compares names and shapes with what the model needs, before anything is allocated.
-
-        Raises:
-            CheckpointError: one error that lists every missing, unexpected and mismatched tensor.
-        """
-        missing = [name for name in expected if name not in self.shapes]
-        unexpected = [] if allow_unexpected else [name for name in self.shapes if name not in expected]
-        mismatched = [
-            f"{name} (expected {list(shape)}, found {list(self.shapes[name])})"
-            for name, shape in expected.items()
-            if name in self.shapes and self.shapes[name] != tuple(shape)
-        ]
-        problems = [("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)]
-        told = [f"{len(names)} {kind}: {_first(names)}" for kind, names in problems if names]
-        if told:
-            raise CheckpointError(f"the weights in {self.folder} do not fit the model: {'; '.join(told)}")
+    def check(self, expected: Mapping[str, Sequence[int]]) -> None:
+        """`check_shapes` with what the model needs, before anything is allocated."""
+        check_shapes(expected, self.shapes, f"the weights in {self.folder}")
 
     def read(self, name: str, index: Sequence[int] | None = None) -> "torch.Tensor":
         """The tensor `name`, on the CPU, in its stored dtype; with `index`, only those rows, in that order.
@@ -266,10 +341,6 @@ class Checkpoint:
                 f"expected finite weights, found {bad} NaN or infinite values in {name} of {path.name} in {self.folder}"
             )
         return tensor
-
-    def read_all(self, names: Iterable[str] | None = None) -> "dict[str, torch.Tensor]":
-        """`{name: read(name)}` for `names`, by default every tensor."""
-        return {name: self.read(name) for name in (self.shapes if names is None else names)}
 
     def _weight_map(self) -> dict[str, str] | None:
         """Tensor name -> shard as the index says, each shard's name checked; None for a single file."""
@@ -344,6 +415,25 @@ class Checkpoint:
             raise CheckpointError(
                 f"{len(unlisted)} tensors in the shards of {self.folder} are not in {INDEX}: {_first(unlisted)}"
             )
+
+
+def check_shapes(expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], what: str) -> None:
+    """Compares names and shapes of tensors.
+
+    Raises:
+        CheckpointError: one error that lists every missing, unexpected and mismatched tensor.
+    """
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    mismatched = [
+        f"{name} (expected {list(shape)}, found {list(found[name])})"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    problems = [("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)]
+    told = [f"{len(names)} {kind}: {_first(names)}" for kind, names in problems if names]
+    if told:
+        raise CheckpointError(f"{what} do not fit the model: {'; '.join(told)}")
 
 
 def _first(names: Sequence[str], limit: int = 8) -> str:

@@ -16,7 +16,8 @@ class Routing:
 
     Attributes:
         layer: name of the layer, for example `levels.0`.
-        weights: per gate (a task's name, or `shared`, or a group's), the mixture weights `[B, E]`.
+        weights: per gate (a task's name, or `shared`, or a group's), the mixture weights `[B, E]`. HoME's self-gates,
+            which add an output's own experts a second time, are not in them.
         experts: per gate, the names of the `E` experts it sees, in the order of the weights.
         dead_units: per expert, the share of its hidden units that are 0 for every row of the batch.
     """

@@ -80,7 +80,7 @@ def cost(
     """
     names = check_task_names(task, model.tasks)
     inputs = one_row(model) if inputs is None else inputs
-    full = _count(model, inputs)
+    full = _count(model.extract_task(model.tasks), inputs)  # not the model: that may hold what no task needs
     count = full if names == model.tasks else _count(model.extract_task(names), inputs)
     totals = {field: sum(count[field].values()) for field in PartCost.__dataclass_fields__}
     parts = {

@@ -19,6 +19,7 @@ from .naming import nearest
 # A model keeps its towers in a ModuleDict under the tasks' names, so these are taken ("type", "items", "train", ...).
 _TAKEN = frozenset(dir(torch.nn.ModuleDict()))
 
+SHARED = "shared"  # what is no task's own, wherever parts are named after tasks
 METRICS = ("auc", "group_auc", "log_loss", "accuracy", "f1", "rmse", "mae")
 
 
@@ -103,7 +104,7 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def _check_name(what: str, name: Any) -> None:
+def check_name(what: str, name: Any) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", name):
         raise ValueError(f"{what} must be letters, digits and '_' (at most 100), found {name!r}")
     if name in _TAKEN or keyword.iskeyword(name):
@@ -141,12 +142,12 @@ class Task:
     product_of: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        _check_name("task name", self.name)
+        check_name("task name", self.name)
         where = f"task {self.name!r}"
-        if self.name == "shared":
+        if self.name == SHARED:
             raise ValueError("task name 'shared' is taken: it names the shared experts")
         if self.group is not None:
-            _check_name(f"{where}: group", self.group)
+            check_name(f"{where}: group", self.group)
         if self.space is not None and not isinstance(self.space, str):
             raise ValueError(f"{where}: space must be the name of a task, found {self.space!r}")
         if self.kind not in KINDS:

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..outputs import Routing
+from ..tasks import SHARED
 from .experts import ExpertBank, mix_groups, routing_of
 from .gates import SoftmaxGate
-
-SHARED = "shared"
 
 
 class CGCLevel(nn.Module):

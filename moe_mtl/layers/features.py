@@ -6,6 +6,7 @@ Shapes: `B` rows, `F` columns of one kind, `L` items of a multi-hot or sequence 
 import math
 import warnings
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class FeatureEncoder(nn.Module):
         sizes = [f["num_categories"] for f in of_kind["categorical"] + bags]
         if sizes:
             self.embedding = nn.Embedding(sum(sizes), embedding_dim)
-        offsets = torch.tensor([sum(sizes[:i]) for i in range(len(sizes))], dtype=torch.int64, device="cpu").tolist()
+        offsets = list(accumulate(sizes, initial=0))[: len(sizes)]
         split = len(self.categorical_names)
         self._constants = {
             "categorical_sizes": sizes[:split],
@@ -182,10 +183,12 @@ class FeatureEncoder(nn.Module):
         for name, value, columns, dims, dtypes in inputs:
             if (value is None) != (not columns):
                 expected = f"columns {', '.join(columns[:8])}" if columns else "nothing: the model has no such column"
-                found = "nothing" if value is None else f"shape {list(value.shape)}"
+                found = "nothing" if value is None else "some"
                 raise ValueError(f"input `{name}`: expected {expected}; found {found}")
             if value is None:
                 continue
+            if not isinstance(value, Tensor):
+                raise ValueError(f"input `{name}`: expected a tensor, found {type(value).__name__}")
             if value.dim() != dims or value.shape[1] != len(columns):
                 shape = "[B, {}]" if dims == 2 else "[B, {}, L]"
                 raise ValueError(
@@ -200,17 +203,15 @@ class FeatureEncoder(nn.Module):
             rows = value.shape[0]
         if torch.compiler.is_compiling():
             return
-        # A sum is finite only if its terms are; where it overflows, the slow look clears them. One pass, no mask.
-        if (
-            numeric is not None
-            and not math.isfinite(numeric.detach().sum())
-            and not bool(torch.isfinite(numeric).all())
-        ):
-            row, column = (~torch.isfinite(numeric)).nonzero()[0].tolist()
-            raise ValueError(
-                f"column {self.numeric_names[column]!r}, row {row}: expected a finite number, "
-                f"found {numeric[row, column].item()}"
-            )
+        if numeric is not None:
+            cast = numeric.detach().to(self.like.dtype)  # what the model computes with: 1e300 is infinite in float32
+            # A sum is finite only if its terms are; where it overflows, the slow look clears them. One pass, no mask.
+            if not math.isfinite(cast.sum()) and not bool(torch.isfinite(cast).all()):
+                row, column = (~torch.isfinite(cast)).nonzero()[0].tolist()
+                number = numeric[row, column].item()
+                within = f" in {self.like.dtype}" if math.isfinite(number) else ""
+                where = f"column {self.numeric_names[column]!r}, row {row}"
+                raise ValueError(f"{where}: expected a finite number{within}, found {number}")
         if categorical is not None:
             self._check_ids(categorical, self.categorical_sizes, self.categorical_names, lowest=0)
         if sequences is not None:
@@ -231,12 +232,22 @@ class FeatureEncoder(nn.Module):
 def _numeric_embedding(kind: str, bins: Sequence[Any], dim: int) -> Any:
     import rtdl_num_embeddings as rtdl  # brings scikit-learn along, which takes a second
 
-    # On the CPU whatever the default device: the encoding's constants are computed from the bins here.
+    # On the CPU whatever the default device, as the encoding's constants are computed from the bins here; but of width
+    # 1: what takes memory is widened on the default device, so that a model built on meta allocates nothing.
     with torch.device("cpu"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a column with a single bin is legal
         if kind == "periodic":
-            return rtdl.PeriodicEmbeddings(len(bins), dim, lite=False)
-        return rtdl.PiecewiseLinearEmbeddings(_edges(bins), dim, activation=False, version="B")
+            embedding: Any = rtdl.PeriodicEmbeddings(len(bins), 1, lite=False)
+        else:
+            embedding = rtdl.PiecewiseLinearEmbeddings(_edges(bins), 1, activation=False, version="B")
+    for name, module in embedding.named_children():
+        if name in ("linear", "linear0"):
+            for key, parameter in list(module.named_parameters()):
+                setattr(module, key, nn.Parameter(torch.empty(*parameter.shape[:-1], dim)))
+            module.reset_parameters()
+    if kind != "periodic":
+        nn.init.zeros_(embedding.linear.weight)  # starts linear, learns the bends
+    return embedding
 
 
 def _edges(bins: Sequence[Sequence[float]]) -> list[Tensor]:

@@ -138,6 +138,7 @@ class DSelectKGate(nn.Module):
         weight = self.entropy_weight
         if self.entropy_warmup_steps:
             weight = weight * min(1.0, self.training_step / self.entropy_warmup_steps)
+        selectors_BSE = selectors_BSE.to(_softmax_dtype(selectors_BSE))  # 1e6 is beyond float16
         loss = -weight * (selectors_BSE * torch.log(selectors_BSE + 1e-6)).sum()
         if self.num_experts != 2**self.num_bits:
             loss = loss + selectors_BSE.sum(-1).clamp_min(1e-6).reciprocal().sum()

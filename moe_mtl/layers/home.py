@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..outputs import Routing
-from .cgc import SHARED
 from .experts import ExpertBank, mix_groups, routing_of
 from .gates import SoftmaxGate
 
@@ -134,6 +133,3 @@ def fold_batch_norms(module: nn.Module) -> None:
     for bank in module.modules():
         if isinstance(bank, ExpertBank):
             bank.fold_batch_norm()
-
-
-__all__ = ["SHARED", "FeatureGate", "HoMELayer", "SelfGate", "fold_batch_norms"]

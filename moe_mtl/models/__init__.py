@@ -22,7 +22,7 @@ class AutoModelForMultiTask:
         """See `MultiTaskModel.from_pretrained`; `tasks=["ctr"]` reads only what that task needs."""
         where = ("revision", "cache_dir", "local_files_only", "token")
         folder = hub.resolve(name_or_path, **{key: kwargs[key] for key in where if key in kwargs})
-        return model_class(hub.read_config(folder)["model_type"]).from_pretrained(folder, **kwargs)
+        return model_class(hub.read_config(folder)["model_type"]).from_pretrained(name_or_path, **kwargs)
 
     @staticmethod
     def from_config(config: MultiTaskConfig) -> MultiTaskModel:

@@ -1,6 +1,7 @@
 """What all models share: tasks in the config, loading, the single-task path, the registry."""
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import field
@@ -14,8 +15,9 @@ from transformers.utils import logging
 
 from .. import hub
 from ..data.processor import TabularProcessor
+from ..files import CheckpointError, replaced_files
 from ..naming import nearest
-from ..tasks import Task, check_task_names, parse_tasks
+from ..tasks import SHARED, Task, check_task_names, parse_tasks
 
 REGISTRY: dict[str, type["MultiTaskModel"]] = {}
 
@@ -55,9 +57,9 @@ class MultiTaskConfig(PreTrainedConfig):
     ]
 
     def __post_init__(self, **kwargs: Any) -> None:
-        known = {*self.__dataclass_fields__}
+        known = sorted(set(self.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__))
         for key in kwargs:
-            if key not in known and key not in _LIBRARY_KEYS:
+            if key not in self.__dataclass_fields__ and key not in _LIBRARY_KEYS:
                 raise ValueError(f"{type(self).__name__}: unknown field {key!r}{nearest(key, known)}")
         super().__post_init__(**kwargs)
         if not self.tasks:
@@ -141,10 +143,10 @@ class MultiTaskModel(PreTrainedModel):
                 alone = type(self)(self.config.for_tasks([task]))
             for name, _ in alone.named_parameters():
                 users.setdefault(name, []).append(task)
-        owned: dict[str, list[nn.Parameter]] = {name: [] for name in ["shared", *self.tasks]}
+        owned: dict[str, list[nn.Parameter]] = {name: [] for name in [SHARED, *self.tasks]}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                owner = users[name][0] if len(users[name]) == 1 else "shared"
+                owner = users[name][0] if len(users[name]) == 1 else SHARED
                 owned[owner].append(parameter)
         return owned
 
@@ -180,19 +182,30 @@ class MultiTaskModel(PreTrainedModel):
             pretrained_model_name_or_path: folder, zoo name, or Hub id `owner/name`; None with `config` and
                 `state_dict`.
             tasks: read and build only what these tasks need.
-            ignore_mismatched_sizes: initialise anew what does not fit, as transformers does; all checks of names and
-                shapes are then off.
+            config: instead of the folder's.
+            state_dict: instead of the folder's weights; held to the same checks.
+            ignore_mismatched_sizes: initialise anew what is missing or of another shape, as transformers does, and
+                leave out what is superfluous. Values are still checked.
             kwargs: as in `PreTrainedModel.from_pretrained` (dtype, device_map, ...).
+
+        Raises:
+            ModelNotFoundError, UnsafeFileError, CheckpointError: what is wrong with the folder, before it is read.
+            UnknownTaskError: a task that the model does not have.
+            ValueError: a config that makes no sense, arguments that contradict each other.
         """
-        if pretrained_model_name_or_path is None or state_dict is not None:
-            if tasks is not None:
-                raise ValueError("tasks: needs a folder or a name to read from; use extract_task on a model in memory")
-            with _no_progress_bar():
-                return super().from_pretrained(
-                    pretrained_model_name_or_path, *model_args, config=config, state_dict=state_dict, **kwargs
-                )
+        for key in ("subfolder", "variant"):
+            if kwargs.pop(key, None):
+                raise ValueError(f"{key}: a model here is one folder; give its path")
+        if tasks is not None and (state_dict is not None or ignore_mismatched_sizes):
+            other = "state_dict" if state_dict is not None else "ignore_mismatched_sizes"
+            raise ValueError(f"tasks: cannot go with {other}; load the whole model, then use extract_task")
+        if pretrained_model_name_or_path is None:
+            if config is None or state_dict is None:
+                raise ValueError("expected a folder, a zoo name or a Hub id, or else both config and state_dict")
+            return cls._from_state(config, state_dict, ignore_mismatched_sizes, model_args, kwargs)
+        origin = str(pretrained_model_name_or_path)
         folder = hub.resolve(
-            pretrained_model_name_or_path,
+            origin,
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
@@ -206,18 +219,113 @@ class MultiTaskModel(PreTrainedModel):
                     f"{cls.config_class.model_type!r}; AutoModelForMultiTask loads either"
                 )
             config = cls.config_class.from_pretrained(folder)
-        checkpoint = hub.Checkpoint(folder)
-        if ignore_mismatched_sizes:
-            return super().from_pretrained(folder, *model_args, config=config, ignore_mismatched_sizes=True, **kwargs)
+        if state_dict is not None:
+            return cls._from_state(config, state_dict, ignore_mismatched_sizes, model_args, kwargs, origin)
+        checkpoint = hub.Checkpoint(folder, hash_weights=tasks is None)
         full = cls._on_meta(config)
         names = full.state_dict()
+        if ignore_mismatched_sizes:
+            state = {name: checkpoint.read(name) for name in checkpoint.shapes}
+            return cls._from_state(config, state, True, model_args, kwargs, origin)
         checkpoint.check({name: tuple(tensor.shape) for name, tensor in names.items()})
         if tasks is not None:
             config = config.for_tasks(check_task_names(tasks, config.task_names), checkpoint.read)
             names = cls._on_meta(config).state_dict()
         state = {name: checkpoint.read(name, full.rows_kept(config, name)) for name in names}
         with _no_progress_bar():
-            return super().from_pretrained(None, *model_args, config=config, state_dict=state, **kwargs)
+            model = super().from_pretrained(None, *model_args, config=config, state_dict=state, **kwargs)
+        return _from(origin, model)
+
+    @classmethod
+    def _from_state(
+        cls,
+        config: MultiTaskConfig,
+        state_dict: Mapping[str, Tensor],
+        ignore_mismatched_sizes: bool,
+        model_args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        origin: str = "",
+    ) -> Self:
+        """A model from tensors in memory, checked like those of a file."""
+        expected = {name: tuple(tensor.shape) for name, tensor in cls._on_meta(config).state_dict().items()}
+        if not ignore_mismatched_sizes:
+            hub.check_shapes(expected, {name: tuple(t.shape) for name, t in state_dict.items()}, "the state_dict given")
+        for name, tensor in state_dict.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise CheckpointError(f"expected finite weights, found NaN or infinite values in {name}")
+        with _no_progress_bar():
+            model = super().from_pretrained(
+                None,
+                *model_args,
+                config=config,
+                state_dict=dict(state_dict),
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
+                **kwargs,
+            )
+        return _from(origin, model)
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:  # type: ignore[override]
+        """Saves config and weights into a folder; arguments as of `PreTrainedModel.save_pretrained`.
+
+        The files appear by rename once all are written. Weights that stood there go, in one file or in shards; a
+        manifest is written anew; every other file stays.
+
+        Raises:
+            FileExistsError: the path is a file.
+            OSError: the disk is full; what stood in the folder is as it was.
+        """
+        folder = Path(save_directory)
+        repo_id = kwargs.pop("repo_id", folder.name)
+        with replaced_files(folder, hub.WEIGHT_FILES) as staging, _no_progress_bar():
+            super().save_pretrained(staging, *args, **kwargs)
+        if (folder / hub.MANIFEST).exists():
+            hub.write_manifest(folder)
+        if push_to_hub:
+            self.push_to_hub(repo_id, token=kwargs.get("token"))
+
+    def push_to_hub(  # type: ignore[override]  # the library's takes what concerns its generic card
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+    ) -> str:
+        """Uploads the model with what makes it usable: its processor, and its card where the card is still true.
+
+        The folder that the model was loaded from is looked at. Its processor and recipe go along; its card
+        (`README.md`) and results only if the weights are still those of the folder. Otherwise the card says no more
+        than what the model is and how it is loaded.
+
+        Returns:
+            the address of the commit.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            hub.add_companions(folder, self.config.name_or_path or "", self._card(repo_id))
+            hub.write_manifest(folder)
+            return hub.upload(
+                folder,
+                repo_id,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    def _card(self, repo_id: str) -> str:
+        tasks = "\n".join(f"- `{task.name}`: {task.kind}" for task in self.config.parsed_tasks)
+        return (
+            f"---\nlibrary_name: moe_mtl\ntags: [multi-task-learning, {self.config.model_type}]\n---\n"
+            f"# {repo_id.rpartition('/')[2]}\n\n{type(self).__name__}, {self.num_parameters():,} parameters. Tasks:\n\n"
+            f"{tasks}\n\n```python\nfrom moe_mtl import AutoModelForMultiTask\n\n"
+            f'model = AutoModelForMultiTask.from_pretrained("{repo_id}")\n```\n'
+        )
 
     @classmethod
     def _on_meta(cls, config: MultiTaskConfig) -> Self:
@@ -235,7 +343,7 @@ class MultiTaskModel(PreTrainedModel):
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """The tensors are in memory by then: a bar would only flicker."""
+    """The tensors are in memory: a bar would only flicker."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -243,6 +351,16 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _from(origin: str, model: Any) -> Any:
+    """Notes where a model came from, as transformers does: what it loads by name it calls by that name.
+
+    `model` is a pair with a report where `output_loading_info` asked for it.
+    """
+    loaded = model[0] if isinstance(model, tuple) else model
+    loaded.config._name_or_path = loaded.name_or_path = origin
+    return model
 
 
 def _rows(tensor: Tensor, rows: list[int] | None) -> Tensor:

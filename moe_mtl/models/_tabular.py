@@ -3,7 +3,7 @@
 Shapes: `B` rows, `D` width of the encoded row, `T` tasks, `H` width of what a tower reads, `C` outputs of a task.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..layers.gates import DSelectKGate
 from ..layers.home import FeatureGate
 from ..layers.towers import MLP
 from ..outputs import MultiTaskOutput, Routing
-from ..tasks import UnknownTaskError, check_task_names
+from ..tasks import SHARED, UnknownTaskError, check_name, check_task_names
 from ._base import MultiTaskConfig, MultiTaskModel
 
 MAX_WIDTH = 65_536
@@ -124,6 +124,16 @@ def check_dims(name: str, dims: list[int], empty: bool = False) -> None:
 def check_probability(name: str, value: float) -> None:
     if not 0 <= value < 1:
         raise ValueError(f"{name} must be in [0, 1), found {value!r}")
+
+
+def check_groups(name: str, groups: list[str], needed: Iterable[str]) -> None:
+    """A list that a config holds: names fit for modules, each once, with all that are needed."""
+    for group in groups:
+        check_name(f"{name}: a name", group)
+        if group == SHARED:
+            raise ValueError(f"{name}: {SHARED!r} is taken: it names the shared experts")
+    if len(set(groups)) < len(groups) or not set(needed) <= set(groups):
+        raise ValueError(f"{name} must hold {', '.join(sorted(set(needed)))}, and no name twice; found {groups}")
 
 
 def _check_bins(name: str, bins: Any) -> None:
@@ -305,6 +315,8 @@ class TabularModel(MultiTaskModel):
                     raise ValueError(
                         f"labels of task {task.name!r} count where task {task.space!r} is 1: expected its labels too"
                     )
+                space = next(other for other in self._parsed_tasks if other.name == task.space)
+                space.check_labels(logits[task.name][:, :1], labels[task.space])
                 mask_B = labels[task.space] == 1
             losses[task.name] = task.loss(logits[task.name], labels[task.name], weights.get(task.name), mask_B)
         return losses

@@ -17,14 +17,14 @@ from dataclasses import field
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from ._base import Reader, register
+from ._base import register
 from ._tabular import TabularConfig, TabularModel, TrunkOutput
 
 
 @strict
 class ESMMConfig(TabularConfig):
-    """Two binary tasks with towers, and at least one binary task that is their product. A factor that is not to be
-    trained by its own label has weight 0."""
+    """Fields of every tabular model; the tasks are the paper's by default. Any tasks fit: what makes it ESMM is a task
+    that is a `product_of` others, and weight 0 for a factor that is not to be trained by its own label."""
 
     model_type = "esmm"
     tower_dims: list[int] = field(default_factory=lambda: [360, 200, 80])
@@ -36,12 +36,9 @@ class ESMMConfig(TabularConfig):
         ]
     )
 
-    def keep_tasks(self, config: "ESMMConfig", read: Reader | None) -> None:
-        """Click needs one tower, conversion one, their product both."""
-
 
 class Identity(nn.Module):
-    """No trunk: every tower reads the encoded row."""
+    """No trunk: every tower reads the encoded row. Click needs one tower, conversion one, their product both."""
 
     def __init__(self, input_dim: int):
         super().__init__()

@@ -25,24 +25,34 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from ..layers.cgc import SHARED
 from ..layers.home import HoMELayer, fold_batch_norms
+from ..tasks import SHARED
 from ._base import Reader, register
-from ._tabular import TabularConfig, TabularModel, TrunkOutput, check_count, check_dims, check_probability
+from ._tabular import (
+    TabularConfig,
+    TabularModel,
+    TrunkOutput,
+    check_count,
+    check_dims,
+    check_groups,
+    check_probability,
+)
 
 GLOBAL = "globals"  # `global` is a keyword, which no exported program could name
 
 
 @strict
 class HoMEConfig(TabularConfig):
-    """Args:
-    num_experts: of each group of experts, in both layers.
-    expert_dims: widths of an expert's layers.
-    feature_gate_rank: `R` of each low-rank gate.
-    num_feature_gates: low-rank gates that a feature gate sums.
-    gate_dropout: of the softmax gates.
-    batch_norm: False once folded into the experts, see `fold_for_inference`.
-    meta_groups: groups of tasks that the meta layer tells apart; the tasks' groups, unless `extract_task` wrote it.
+    """Fields of HoME beyond those of every tabular model.
+
+    Args:
+        num_experts: of each group of experts, in both layers.
+        expert_dims: widths of an expert's layers.
+        feature_gate_rank: `R` of each low-rank gate.
+        num_feature_gates: low-rank gates that a feature gate sums.
+        gate_dropout: of the softmax gates.
+        batch_norm: False once folded into the experts, see `fold_for_inference`.
+        meta_groups: groups of tasks that the meta layer tells apart; the tasks' groups, unless `extract_task` wrote it.
 
     A task without a group is a group of its own.
     """
@@ -62,6 +72,8 @@ class HoMEConfig(TabularConfig):
             check_count(name, getattr(self, name))
         check_dims("expert_dims", self.expert_dims)
         check_probability("gate_dropout", self.gate_dropout)
+        if self.meta_groups is not None:
+            check_groups("meta_groups", self.meta_groups, self.group_of.values())
         for group in self.groups:
             if not group.isidentifier() or group in (SHARED, GLOBAL):
                 raise ValueError(
@@ -74,8 +86,13 @@ class HoMEConfig(TabularConfig):
                     f"HoME's task layer has a group of experts per task, '<group>_local' per group, and '{GLOBAL}': "
                     f"{name!r} is taken twice; rename the task"
                 )
-        if not set(self.group_of.values()) <= set(self.groups):
-            raise ValueError(f"meta_groups must hold every task's group, found {self.meta_groups}")
+        named = {task.group for task in self.parsed_tasks}
+        for task in self.parsed_tasks:
+            if task.group is None and task.product_of is None and task.name in named:
+                raise ValueError(
+                    f"task {task.name!r} has no group, so it is a group of its own, which must not be called like "
+                    f"the group of another task: expected a group for {task.name!r} or another name for that group"
+                )
 
     @property
     def group_of(self) -> dict[str, str]:

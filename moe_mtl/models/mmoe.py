@@ -15,25 +15,27 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from ..layers.cgc import SHARED
 from ..layers.experts import ExpertBank, dead_units, expert_names, mix_groups
 from ..layers.gates import DSelectKGate, SoftmaxGate
 from ..outputs import Routing
+from ..tasks import SHARED
 from ._base import MultiTaskConfig, Reader, register
-from ._tabular import TabularConfig, TabularModel, TrunkOutput, check_count, check_dims, check_probability
+from ._tabular import MAX_COUNT, TabularConfig, TabularModel, TrunkOutput, check_count, check_dims, check_probability
 
 GATES = ("softmax", "dselect_k")
 
 
 @strict
 class MMoEConfig(TabularConfig):
-    """Args:
-    num_experts: `E`.
-    expert_dims: widths of an expert's layers; the last is `H`.
-    gate: `softmax` or `dselect_k`.
-    gate_dropout: of the softmax gate.
-    num_selected, gate_gamma, gate_static, entropy_weight, entropy_warmup_steps: of the DSelect-k gate.
-    experts_kept: which of the `num_experts` are stored; the others are never chosen. Written by `extract_task`.
+    """Fields of MMoE beyond those of every tabular model.
+
+    Args:
+        num_experts: `E`.
+        expert_dims: widths of an expert's layers; the last is `H`.
+        gate: `softmax` or `dselect_k`.
+        gate_dropout: of the softmax gate.
+        num_selected, gate_gamma, gate_static, entropy_weight, entropy_warmup_steps: of the DSelect-k gate.
+        experts_kept: which of the `num_experts` are stored; the others are never chosen. Written by `extract_task`.
     """
 
     model_type = "mmoe"
@@ -62,7 +64,8 @@ class MMoEConfig(TabularConfig):
         if self.gate not in GATES:
             raise ValueError(f"gate must be one of {', '.join(GATES)}, found {self.gate!r}")
         check_probability("gate_dropout", self.gate_dropout)
-        check_count("num_selected", self.num_selected, self.num_experts)
+        # Of a softmax gate it means nothing, and its default must not forbid a single expert.
+        check_count("num_selected", self.num_selected, self.num_experts if self.gate == "dselect_k" else MAX_COUNT)
         check_count("entropy_warmup_steps", self.entropy_warmup_steps, 2**40, lowest=0)
         if not 0 < self.gate_gamma < 1e6:
             raise ValueError(f"gate_gamma must be positive, found {self.gate_gamma!r}")
@@ -97,7 +100,8 @@ class MMoEConfig(TabularConfig):
             selectors_1SE, _ = gate.selectors(None)
             used |= set(selectors_1SE[0].sum(0).nonzero().flatten().tolist())
         stored = range(self.num_experts) if self.experts_kept is None else self.experts_kept
-        kept = [expert for expert in stored if expert in used]
+        # Gates that sit on codes without an expert use none; a bank holds at least one.
+        kept = [expert for expert in stored if expert in used] or [stored[0]]
         config.experts_kept = None if len(kept) == self.num_experts else kept
 
 

@@ -16,20 +16,31 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from ..layers.cgc import SHARED, CGCLevel
+from ..layers.cgc import CGCLevel
+from ..tasks import SHARED
 from ._base import Reader, register
-from ._tabular import TabularConfig, TabularModel, TrunkOutput, check_count, check_dims, check_probability
+from ._tabular import (
+    TabularConfig,
+    TabularModel,
+    TrunkOutput,
+    check_count,
+    check_dims,
+    check_groups,
+    check_probability,
+)
 
 
 @strict
 class PLEConfig(TabularConfig):
-    """Args:
-    num_levels: levels of extraction.
-    num_specific_experts: of each task, at each level.
-    num_shared_experts: at each level.
-    expert_dims: widths of an expert's layers, the same at each level.
-    gate_dropout: of the softmax gates.
-    expert_groups: tasks whose experts the levels below the last hold; all tasks, unless `extract_task` wrote it.
+    """Fields of PLE beyond those of every tabular model.
+
+    Args:
+        num_levels: levels of extraction.
+        num_specific_experts: of each task, at each level.
+        num_shared_experts: at each level.
+        expert_dims: widths of an expert's layers, the same at each level.
+        gate_dropout: of the softmax gates.
+        expert_groups: tasks whose experts the levels below the last hold; all tasks, unless `extract_task` wrote it.
     """
 
     model_type = "ple"
@@ -46,8 +57,8 @@ class PLEConfig(TabularConfig):
         check_count("num_shared_experts", self.num_shared_experts)
         check_dims("expert_dims", self.expert_dims)
         check_probability("gate_dropout", self.gate_dropout)
-        if self.expert_groups is not None and not set(self.tower_tasks) <= set(self.expert_groups):
-            raise ValueError(f"expert_groups must hold every task, found {self.expert_groups}")
+        if self.expert_groups is not None:
+            check_groups("expert_groups", self.expert_groups, self.tower_tasks)
 
     @property
     def groups(self) -> list[str]:

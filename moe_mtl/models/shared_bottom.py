@@ -9,15 +9,17 @@ from dataclasses import field
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from ..layers.towers import MLP
+from ..layers.experts import ExpertBank
 from ._base import register
 from ._tabular import TabularConfig, TabularModel, TrunkOutput, check_dims
 
 
 @strict
 class SharedBottomConfig(TabularConfig):
-    """Args:
-    bottom_dims: widths of the layers that all tasks share.
+    """Fields of the shared bottom beyond those of every tabular model.
+
+    Args:
+        bottom_dims: widths of the layers that all tasks share.
     """
 
     model_type = "shared_bottom"
@@ -28,15 +30,19 @@ class SharedBottomConfig(TabularConfig):
 
 
 class SharedBottomTrunk(nn.Module):
-    """The bottom: every task reads its output. A single task saves the other towers only."""
+    """The bottom: every task reads its output. A single task saves the other towers only.
+
+    It is a bank of one expert, so that a comparison with models of many is one of architectures, not of how their
+    layers start.
+    """
 
     def __init__(self, config: SharedBottomConfig, input_dim: int):
         super().__init__()
-        self.bottom = MLP(input_dim, config.bottom_dims, None, config.activation, config.dropout)
+        self.bottom = ExpertBank(1, input_dim, config.bottom_dims, config.activation, config.dropout)
         self.output_dim = self.bottom.output_dim
 
     def forward(self, x_BD: Tensor, tasks: Sequence[str], record: bool) -> TrunkOutput:
-        bottom_BH = self.bottom(x_BD)
+        (bottom_BH,) = self.bottom(x_BD)
         return TrunkOutput(dict.fromkeys(tasks, bottom_BH))
 
 

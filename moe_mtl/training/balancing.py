@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchjd.autojac import backward, jac_to_grad
 
 from ..naming import nearest
+from ..tasks import SHARED
 from .recipe import RecipeError
 
 # Why a method of TorchJD cannot be had.
@@ -155,12 +156,12 @@ class GradientBalancer(nn.Module):
         self._only_present = name in _ONLY_PRESENT and not any(isinstance(value, list) for value in options.values())
         # Tuples inside a dict: these parameters belong to the model and must not be registered here.
         self._parameters_of = {
-            "shared": tuple(p for p in parameters["shared"] if p.requires_grad),
+            SHARED: tuple(p for p in parameters["shared"] if p.requires_grad),
             "specific": tuple(
-                p for key, group in parameters.items() if key != "shared" for p in group if p.requires_grad
+                p for key, group in parameters.items() if key != SHARED for p in group if p.requires_grad
             ),
         }
-        if not self._parameters_of["shared"]:
+        if not self._parameters_of[SHARED]:
             raise RecipeError(
                 f"train.gradient_balancing: {name} balances parameters that tasks share; none of them is trained"
             )
@@ -177,7 +178,7 @@ class GradientBalancer(nn.Module):
         tasks = [task for task in self.tasks if task in present] if self._only_present else self.tasks
         total = torch.stack([losses[task] for task in self.tasks]).sum()
         extra = [] if auxiliary is None or not auxiliary.requires_grad else [auxiliary]
-        specific, shared = self._parameters_of["specific"], self._parameters_of["shared"]
+        specific, shared = self._parameters_of["specific"], self._parameters_of[SHARED]
         if specific:
             torch.autograd.backward([total, *extra], inputs=specific, retain_graph=True)
         if extra:

@@ -128,3 +128,30 @@ def test_any_json_is_a_config_or_a_clear_refusal(model_type: str, data: st.DataO
     except REFUSED:
         return
     assert config_class.from_dict(json.loads(config.to_json_string(use_diff=False))).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(("model_type", "field"), [("ple", "expert_groups"), ("home", "meta_groups")])
+@pytest.mark.parametrize("extra", ["values", "shared", "a b", "", 3])
+def test_groups_that_the_library_writes_are_checked_like_names(model_type: str, field: str, extra: object) -> None:
+    config = zoo.config_of(model_type)
+    needed = config.tower_tasks if model_type == "ple" else config.groups
+    REGISTRY[model_type](zoo.config_of(model_type, **{field: [*needed, "more"]}))
+    for groups in ([*needed, extra], [*needed, needed[0]], needed[1:]):
+        with pytest.raises(REFUSED, match=field):
+            zoo.config_of(model_type, **{field: groups})
+
+
+def test_a_task_without_a_group_is_not_put_into_a_group_of_its_name() -> None:
+    tasks = [{"name": "act", "kind": "binary"}, {"name": "like", "kind": "binary", "group": "act"}]
+    with pytest.raises(REFUSED, match="task 'act' has no group"):
+        zoo.config_of("home", tasks=tasks)
+
+
+def test_an_unknown_field_is_answered_with_the_fields_of_this_library() -> None:
+    config_class = REGISTRY["mmoe"].config_class
+    with pytest.raises(REFUSED, match="did you mean 'num_experts'"):
+        config_class(num_expert=3)
+    with pytest.raises(REFUSED) as error:
+        config_class(zzzzzz=3)
+    assert "tower_dims" in str(error.value)
+    assert "architectures" not in str(error.value)

@@ -26,6 +26,10 @@ def test_bad_cells_name_the_column(model_type: str) -> None:
         (with_cell("categorical", (4, 0), -1), r"column 'city', row 4: expected an id in \[0, 6\], found -1"),
         (with_cell("sequences", (1, 1, 3), 9), r"column 'history', row 1: expected an id in \[-1, 8\], found 9"),
     ]
+    inputs = zoo.inputs_of(model.config)
+    inputs["numeric"] = inputs["numeric"].double().index_fill(1, torch.tensor(1), 1e300)
+    with pytest.raises(ValueError, match=r"'income', row 0: expected a finite number in torch\.float32, found 1e"):
+        model(**inputs)
     for train in (False, True):
         model.train(train)
         for inputs, message in cases:
@@ -41,11 +45,14 @@ def test_missing_superfluous_and_misshapen_inputs(model_type: str) -> None:
         rest = {other: x for other, x in inputs.items() if other != name}
         with pytest.raises(ValueError, match=f"input `{name}`: expected columns {columns}.*; found nothing"):
             model(**rest)
-        with pytest.raises(ValueError, match=f"input `{name}`: expected .*{name[0]}?.*, found"):
+        shape = rf"\[B, {inputs[name].shape[1]}{', L' if inputs[name].dim() == 3 else ''}\]"
+        with pytest.raises(ValueError, match=f"input `{name}`: expected shape {shape}, found"):
             model(**{**inputs, name: inputs[name][:, :1]})
+        with pytest.raises(ValueError, match=f"input `{name}`: expected a tensor, found list"):
+            model(**{**inputs, name: inputs[name].tolist()})
     plain = zoo.model_of(model_type, features=[{"name": "x", "kind": "numeric"}])
     with pytest.raises(
-        ValueError, match="input `categorical`: expected nothing: the model has no such column; found shape"
+        ValueError, match="input `categorical`: expected nothing: the model has no such column; found some"
     ):
         plain(numeric=torch.zeros(6, 1), categorical=inputs["categorical"])
     with pytest.raises(ValueError, match="expected 6 rows like the other inputs, found 5"):
@@ -80,11 +87,16 @@ def test_bad_labels_name_the_task(model_type: str) -> None:
         ({"badges": torch.zeros(6)}, "labels of task 'badges': expected shape"),
         ({"area": torch.zeros(6)}, "labels of task 'area': expected shape"),
         ({"view": [0.0] * 6}, "labels of task 'view': expected a tensor, found list"),
+        ({"buy": labels["buy"], "view": [1.0] * 6}, "labels of task 'view': expected a tensor, found list"),
+        ({"buy": labels["buy"], "view": labels["view"] + 6}, "labels of task 'view': expected "),
         ({"buy": labels["buy"]}, "labels of task 'buy' count where task 'view' is 1: expected its labels too"),
     ]
     for wrong, message in cases:
         with pytest.raises(ValueError, match=message):
             model(**inputs, labels=wrong)
+        if "buy" in wrong:  # also where only the task is asked for whose space the label is
+            with pytest.raises(ValueError, match=message):
+                model(**inputs, labels=wrong, tasks="buy")
     with pytest.raises(ValueError, match="labels: expected a mapping from task to tensor, found Tensor"):
         model(**inputs, labels=labels["view"])
     with pytest.raises(ValueError, match=r"sample_weights of task 'view': expected shape \[6\], found \[6, 1\]"):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_mtl.layers.cgc import SHARED, CGCLevel
+from moe_mtl.layers.cgc import CGCLevel
+from moe_mtl.tasks import SHARED
 
 
 def level_of(outputs: Sequence[str]) -> CGCLevel:

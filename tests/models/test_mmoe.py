@@ -6,6 +6,7 @@ import pytest
 import torch
 from by_hand import FEATURES, bank, check_gradients, close, mlp, model_of, rows, softmax, weighted
 
+from moe_mtl import pathway
 from moe_mtl.models import REGISTRY
 
 TASKS = [
@@ -185,3 +186,48 @@ def test_a_gate_that_is_not_saturated_keeps_its_experts() -> None:
     assert model.extract_task("a").config.experts_kept == [6, 7]
     model.trunk.gates["a"].bits.data.zero_()
     assert model.extract_task("a").config.experts_kept is None
+
+
+@pytest.mark.parametrize("model_type", ["mmoe", "omoe"])
+def test_one_expert_is_a_shared_bottom(model_type: str) -> None:
+    mixture = model_of(model_type, **SMALL | {"num_experts": 1})
+    plain = model_of("shared_bottom", tasks=TASKS, bottom_dims=[5, 2])
+    state = mixture.state_dict()
+    plain.load_state_dict({name: state[name.replace(".bottom.", ".experts.")] for name in plain.state_dict()})
+    for task, logits in plain(numeric=rows()).logits.items():
+        close(mixture(numeric=rows()).logits[task][:, 0], logits[:, 0])
+
+
+@pytest.mark.parametrize("task", ["b", "a"])
+def test_gates_on_codes_without_an_expert_leave_a_model_that_still_extracts(tmp_path, task: str) -> None:
+    model = model_of("mmoe", **SMALL | {"num_experts": 6}, gate="dselect_k", num_selected=1)
+    with torch.no_grad():
+        for gate in model.trunk.gates.values():
+            gate.bits.fill_(5.0)  # expert 7 of 6
+    alone = model.extract_task(task)
+    assert torch.equal(alone(numeric=rows()).logits[task], model(numeric=rows()).logits[task])
+    model.save_pretrained(tmp_path)
+    read = type(model).from_pretrained(tmp_path, tasks=[task], dtype=torch.float64)
+    assert read.config.experts_kept == alone.config.experts_kept == [0]
+
+
+def test_the_cost_of_all_tasks_leaves_out_what_no_gate_chose() -> None:
+    model = model_of("mmoe", **SMALL, gate="dselect_k", num_selected=1)
+    with torch.no_grad():
+        for gate in model.trunk.gates.values():
+            gate.bits.fill_(5.0)  # all on expert 3
+    one = sum(p.numel() for p in model.trunk.experts.parameters()) / 4
+    assert pathway.cost(model).parts["experts"].touched == one
+    assert pathway.cost(model, "b").share["touched"] < 1
+    assert pathway.cost(model, model.tasks).share["touched"] == 1
+
+
+def test_half_precision_regulariser_is_finite() -> None:
+    model = model_of("mmoe", **SMALL | {"num_experts": 6}, gate="dselect_k", num_selected=1, gate_static=False)
+    with torch.no_grad():
+        for gate in model.trunk.gates.values():
+            gate.bits.weight.zero_()
+            gate.bits.bias.fill_(5.0)  # no expert has that code: the guard of the reciprocal, 1e6, is beyond float16
+    for dtype in (torch.float16, torch.bfloat16):
+        half = model.to(dtype).train()
+        assert half(numeric=rows().to(dtype)).auxiliary_loss.isfinite()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from by_hand import check_gradients, close, mlp, model_of, rows
+from by_hand import bank, check_gradients, close, mlp, model_of, rows
 
 TASKS = [{"name": "b", "kind": "binary"}, {"name": "a", "kind": "multilabel", "num_outputs": 2}]
 
@@ -15,7 +15,7 @@ def test_equations(tasks: list[dict], activation: str) -> None:
     state, x = model.state_dict(), rows()
     out = model(numeric=x)
     for b, row in enumerate(x):
-        hidden = mlp(state, "trunk.bottom", row, activation)
+        (hidden,) = bank(state, "trunk.bottom", row, activation)
         for task in out.logits:
             close(out.logits[task][b], mlp(state, f"towers.{task}", hidden, activation))
 
