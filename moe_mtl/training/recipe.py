@@ -1,9 +1,8 @@
 """What a recipe may say: five dataclasses, read strictly from YAML.
 
 A recipe file holds only what differs from the defaults below. An unknown key, a value of the wrong type or two
-settings that cannot go
-together are errors that name the key, raised before anything is loaded; this module imports neither torch nor
-transformers.
+settings that cannot go together are errors that name the key, raised before anything is loaded; this module imports
+neither torch nor transformers.
 """
 
 import dataclasses
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..naming import nearest
-from .strict import RecipeError, build, check, read_yaml, unbuild
+from .strict import RecipeError, build, check, read_yaml, unbuild, write_yaml
 
 _ALIASES = {"uncertainty": "UW", "dwa": "DWA", "random": "Random"}
 
@@ -78,8 +77,7 @@ class TaskSampling:
 
     Attributes:
         temperature: a task with n labelled rows is drawn with probability proportional to n^(1/temperature): 1
-            follows the data,
-            large values make the tasks equally frequent.
+            follows the data, large values make the tasks equally frequent.
     """
 
     temperature: float = 1.0
@@ -102,11 +100,9 @@ class TrainSection:
         optimizer: `adamw` or `adam` (L2 in the gradient).
         betas: decay rates of Adam's moments.
         loss_balancing: `uniform` (the tasks' own weights), `uncertainty`, `dwa`, `random`, or a scalarizer of TorchJD
-            by class name; with
-            options as a mapping `{name: STCH, mu: 0.5}`.
-        gradient_balancing: an aggregator of TorchJD by class name, for example `PCGrad`, or a mapping with options;
-            on shared
-            parameters only. Excludes `loss_balancing`.
+            by class name; with options as a mapping `{name: STCH, mu: 0.5}`.
+        gradient_balancing: an aggregator of TorchJD by class name, for example `PCGrad`, or a mapping with options; on
+            shared parameters only. Excludes `loss_balancing`.
         task_weights: factor of each task's loss, by task; others keep the data's.
         task_sampling: batches of one task each, for data whose rows carry one label.
         early_stopping: off by default. Evaluation on the validation rows happens at the end of every epoch, or every
@@ -250,9 +246,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """What `load_recipe` reads back as the same recipe, defaults written out."""
-        import yaml
-
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+        return write_yaml(self.to_dict())
 
     @property
     def sha256(self) -> str:
@@ -305,7 +299,7 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[tuple[str, str]] =
 
     Raises:
         RecipeError: no such recipe, no YAML, an unknown key, a value of the wrong type, settings that cannot go
-        together.
+            together.
     """
     path = find_recipe(name_or_path)
     content = read_yaml(path.read_text(encoding="utf-8"), str(path))
@@ -338,7 +332,8 @@ def _copy(value: Any) -> Any:
 
 
 def _override(content: dict[str, Any], key: str, value: str) -> None:
-    """Sets a dotted key in YAML content. Text fields take the value as it is typed, so that a path `1` stays text."""
+    """Sets a dotted key in YAML content. Text fields take the value as it is typed, so that a path `1` stays text; a
+    list of them begins with a bracket."""
     *parents, last = key.split(".")
     if not parents or not all((*parents, last)):
         raise RecipeError(
@@ -354,7 +349,8 @@ def _override(content: dict[str, Any], key: str, value: str) -> None:
             # `train.loss_balancing: UW` becomes a mapping when one of its options is set.
             place[parent] = {"name": place[parent]} if isinstance(place.get(parent), str) else {}
         place = place[parent]
-    place[last] = value if key in _TEXT_KEYS else read_yaml(value, f"override {key}")
+    as_typed = key in _TEXT_KEYS and not value.startswith("[")
+    place[last] = value if as_typed else read_yaml(value, f"override {key}")
 
 
 def _sections() -> str:

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from ..naming import nearest
 
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # YAML 1.1 reads 1e-3 as a string
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")  # YAML 1.1 reads 1e-3 as text, YAML 1.2 as a number
+_NUMBER_TAG, _NUMBER_STARTS = "tag:yaml.org,2002:float", list("-+.0123456789")
 
 
 class RecipeError(ValueError):
@@ -75,14 +76,14 @@ def _fold(content: Mapping[str, Any], known: set[str], rest: str, place: str) ->
 
 
 def coerce(value: Any, hint: Any, where: str) -> Any:
-    """`value` if it is of the type `hint`; integers pass for floats, and so do strings such as 1e-3.
+    """`value` if it is of the type `hint`; integers pass for floats.
 
     Raises:
         RecipeError: it is of another type.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
-        return _numbers(value)
+        return value
     if origin in (types.UnionType, typing.Union):
         return _coerce_union(value, arguments, where)
     if origin is Literal:
@@ -97,7 +98,6 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return build(hint, value, where)
     if hint is float:
-        value = _numbers(value)
         check(isinstance(value, (int, float)) and not isinstance(value, bool), where, "a number", value)
         return float(value)
     if hint is int:
@@ -120,19 +120,8 @@ def _coerce_union(value: Any, hints: tuple[Any, ...], where: str) -> Any:
     return coerce(value, hints[-1], where)
 
 
-def _numbers(value: Any) -> Any:
-    """Strings such as 1e-3 as floats, also inside lists and mappings."""
-    if isinstance(value, str) and _NUMBER.fullmatch(value):
-        return float(value)
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): _numbers(item) for key, item in value.items()}
-    return value
-
-
 def read_yaml(text: str, where: str) -> Any:
-    """YAML content, safely loaded. Raises RecipeError for what is no YAML, or a key that stands twice."""
+    """YAML content, safely loaded; 1e-3 is a number. Raises RecipeError for no YAML, or a key that stands twice."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -145,7 +134,19 @@ def read_yaml(text: str, where: str) -> Any:
                     raise RecipeError(f"{where}: the key {key!r} stands twice")
             return super().construct_mapping(node, deep)
 
+    Loader.add_implicit_resolver(_NUMBER_TAG, _NUMBER, _NUMBER_STARTS)
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{where}: this is no YAML: {' '.join(str(error).split())}") from None
+
+
+def write_yaml(content: Any) -> str:
+    """What `read_yaml` reads back as the same content: a text such as 5E10 is quoted."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    Dumper.add_implicit_resolver(_NUMBER_TAG, _NUMBER, _NUMBER_STARTS)
+    return yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)

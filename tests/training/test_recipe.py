@@ -14,6 +14,7 @@ from moe_mtl.training.recipe import (
     parse_recipe,
     recipe_sha256,
 )
+from moe_mtl.training.strict import read_yaml
 
 PLAIN = {"model": {"type": "mmoe"}}
 
@@ -28,13 +29,19 @@ def test_every_recipe_is_short_opens_with_its_command_and_survives_writing(name)
 
 
 def test_types_and_the_number_that_yaml_reads_as_text():
-    recipe = parse_recipe({**PLAIN, "train": {"learning_rate": "1e-3", "weight_decay": 1, "early_stopping": {}}})
+    text = "{learning_rate: 1e-3, weight_decay: 1, early_stopping: {}, betas: [9e-1, 1.E-1]}"
+    recipe = parse_recipe({**PLAIN, "train": read_yaml(text, "")})
     assert recipe.train.learning_rate == 1e-3
     assert isinstance(recipe.train.weight_decay, float)
     assert recipe.train.early_stopping == EarlyStopping()
-    text = yaml.safe_load("{model: {type: mmoe, dropout: 2e-1}, data: {name: x, scale: 1e-1}}")
-    assert parse_recipe(text).model.config == {"dropout": 0.2}
-    assert parse_recipe(text).data.options == {"scale": 0.1}
+    assert recipe.train.betas == [0.9, 0.1]
+    text = "{model: {type: mmoe, dropout: 2e-1}, data: {name: x, scale: 1e-1, positive: '5E10', also: 1e5x}}"
+    recipe = parse_recipe(read_yaml(text, ""))
+    assert recipe.model.config == {"dropout": 0.2}
+    assert recipe.data.options == {"scale": 0.1, "positive": "5E10", "also": "1e5x"}
+    assert parse_recipe(read_yaml(recipe.to_yaml(), "")) == recipe, "what was quoted stays text"
+    with pytest.raises(RecipeError, match=r"train\.learning_rate: expected a number, found '1e-3'"):
+        parse_recipe({**PLAIN, "train": {"learning_rate": "1e-3"}})
 
 
 def test_keys_that_are_no_fields_go_to_the_data_set_and_the_model():
@@ -96,6 +103,10 @@ def test_overrides():
     assert recipe.train.early_stopping == EarlyStopping("a/auc", 2)
     assert recipe.gradient_method == ("CAGrad", {"c": 0.5})
     assert parse_recipe(PLAIN, [("train.early_stopping", "null")]).train.early_stopping is None
+    assert parse_recipe(PLAIN, [("data.path", "[a.csv, b.csv]")]).data.path == ["a.csv", "b.csv"]
+    assert parse_recipe(PLAIN, [("data.path", "1e3")]).data.path == "1e3"
+    with pytest.raises(RecipeError, match=r"model\.type: expected text"):
+        parse_recipe(PLAIN, [("model.type", "[mmoe]")])
     assert "train" not in PLAIN, "overrides must not reach the caller's content"
     for key in ("epochs", "train.", "trian.epochs"):
         with pytest.raises(RecipeError, match="override"):
