@@ -8,6 +8,9 @@ package imports neither torch nor pyarrow.
 import dataclasses
 import importlib
 import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,22 +91,36 @@ def load(name: str, **options: Any) -> "DataSplits":
     ]
     if absent := [key for key in needed if key not in options]:
         raise DataError(f"data set {name!r}: expected the option {', '.join(map(repr, absent))}, found none")
-    for field in dataclasses.fields(module.Options):
-        if field.name in options:
-            _check_option(f"data set {name!r}: {field.name}", field.default, options[field.name])
+    hints = typing.get_type_hints(module.Options)
+    for key, value in options.items():
+        if not _suits(value, hints[key]):
+            raise DataError(f"data set {name!r}: {key}: expected {_told(hints[key])}, found {value!r:.80}")
     return module.load(module.Options(**options))
 
 
-def _check_option(where: str, default: Any, value: Any) -> None:
-    """A value of the default's kind; a lone text where a list belongs is what a command line gets wrong most easily."""
-    if isinstance(default, tuple) and not isinstance(value, (list, tuple)):
-        raise DataError(f"{where}: expected a list, found {value!r:.80}")
-    if isinstance(default, (int, float)) and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise DataError(f"{where}: expected a number, found {value!r:.80}")
-    if isinstance(default, int) and not isinstance(value, int):
-        raise DataError(f"{where}: expected an integer, found {value!r:.80}")
-    if isinstance(default, str) and not isinstance(value, str):
-        raise DataError(f"{where}: expected a text, found {value!r:.80}")
+def _suits(value: Any, hint: Any) -> bool:
+    """Whether an option's value is of the type it is annotated with; integers pass for floats, lists for tuples."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_suits(value, one) for one in arguments)
+    if origin in (tuple, Sequence):
+        return isinstance(value, (list, tuple)) and all(_suits(item, arguments[0]) for item in value)
+    if origin is Mapping:
+        return isinstance(value, Mapping)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _told(hint: Any, plural: bool = False) -> str:
+    """A type in words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(dict.fromkeys(_told(one, plural) for one in arguments if one not in (type(None), Path)))
+    if origin in (tuple, Sequence):
+        return f"a list of {_told(arguments[0], plural=True)}"
+    words = {str: ("a text", "texts"), int: ("an integer", "integers"), float: ("a number", "numbers")}
+    return words.get(hint, ("a mapping", "mappings"))[plural]
 
 
 def _module(name: str) -> Any:

@@ -77,10 +77,10 @@ class Options:
         cache: the folder that keeps the fetched file.
     """
 
-    path: str | None = None
+    path: str | Path | None = None
     tasks: tuple[str, ...] = ("income", "never_married")
     exclude: tuple[str, ...] = ()
-    cache: str = "~/.cache/moe_mtl"
+    cache: str | Path = "~/.cache/moe_mtl"
 
 
 def load(options: Options) -> DataSplits:

@@ -28,7 +28,7 @@ from .sources import FileSource, SelectedRows, Source
 from .splits import PARTS, DataSplits, row_hash
 from .values import factorise
 
-Paths = str | Sequence[str]
+Paths = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,6 @@ def _split_fields(tasks: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, An
     if not tasks:
         raise DataError("table: tasks: expected at least one task, found none")
     for task in tasks:
-        if not isinstance(task, Mapping):
-            raise DataError(f"table: tasks: expected mappings with a name and a kind, found {task!r:.80}")
         fields.append(task_fields({key: value for key, value in task.items() if key not in FIELDS}))
         labels[task["name"]] = {key: value for key, value in task.items() if key in FIELDS}
     return fields, labels

@@ -113,7 +113,7 @@ def test_the_hash_is_that_of_the_content(tmp_path):
         ({"tasks": []}, "at least one task"),
         ({"tasks": [{"name": "click", "kind": "binray"}]}, "kind must be one of"),
         ({"tasks": [{"name": "click", "kind": "binary", "colum": "x"}]}, "unknown field 'colum'"),
-        ({"tasks": ["click"]}, "expected mappings"),
+        ({"tasks": ["click"]}, "tasks: expected a list of mappings"),
         ({"tasks": [{"name": "clck", "kind": "binary"}]}, "missing column 'clck'; did you mean 'click'"),
         ({"fractions": [0.5, 0.5]}, "fractions: expected three numbers"),
         ({"fractions": [0.5, 0.5, 0.5]}, "fractions: expected three numbers"),
