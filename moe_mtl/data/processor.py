@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..files import write_atomically
+from ..files import read_json, write_atomically
 from ..naming import nearest
 from ..tasks import Task, UnknownTaskError, check_task_names, parse_tasks
 from .categories import ListColumn, check_vocabulary
@@ -183,9 +183,8 @@ class TabularProcessor:
 
         Returns:
             `numeric` float32 `[B, Fn]`, `categorical` int64 `[B, Fc]`, `sequences` int64 `[B, Fs, L]` padded with -1;
-            a kind without
-            features is left out. With labels also `labels` by task, `sample_weights` by task and `groups` int64 `[B]`
-            where declared.
+            a kind without features is left out. With labels also `labels` by task, `sample_weights` by task and
+            `groups` int64 `[B]` where declared.
 
         Raises:
             DataError: no rows, a missing column, a value that cannot be what its column is declared to be.
@@ -386,23 +385,17 @@ class TabularProcessor:
 
         Raises:
             FileNotFoundError: there is no such folder or file.
+            UnsafeFileError: the file is a link that leads out of the folder.
+            CheckpointError: no JSON, a key that stands twice, more than 32 MiB, or not what the folder's manifest says.
             DataError: the file is not what `save_pretrained` writes, by field.
         """
         if trust_remote_code:
             raise DataError("trust_remote_code: expected false; a processor holds no code")
-        folder = Path(name_or_path)
-        if not folder.is_dir():
-            from ..hub import resolve
+        from ..hub import resolve, verify_manifest
 
-            folder = resolve(str(name_or_path), revision=revision)
-        path = folder / FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"expected a processor at {path}, found no such file")
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise DataError(f"{path}: expected JSON, found {error}") from None
-        return cls.from_dict(fields)
+        folder = resolve(name_or_path, revision=revision)
+        verify_manifest(folder, weights=False)
+        return cls.from_dict(read_json(folder, FILE))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TabularProcessor) and self.to_dict() == other.to_dict()
@@ -413,10 +406,6 @@ class TabularProcessor:
         kinds = [column.kind for column in self.columns]
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
         return f"{type(self).__name__}({counts}; tasks: {', '.join(self.labels)})"
-
-
-def _refuse_constant(text: str) -> float:
-    raise DataError(f"{FILE}: expected finite numbers, found {text}")
 
 
 def _concatenate(parts: list[dict[str, Any]]) -> dict[str, Any]:

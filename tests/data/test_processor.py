@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
 
 from moe_mtl.data import DataError, TabularProcessor, sources
+from moe_mtl.files import CheckpointError, UnsafeFileError
+from moe_mtl.hub import write_manifest
 from moe_mtl.tasks import Task
 
 TASKS = [Task("click", "binary"), Task("price", "regression"), {"name": "size", "kind": "multiclass"}]
@@ -344,8 +346,28 @@ def test_an_incomplete_file_is_refused(key, tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": NaN}', "\xff", "[" * 100_000])
 def test_a_broken_file_is_refused(text, tmp_path):
     (tmp_path / "preprocessor_config.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(DataError):
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json"):
         TabularProcessor.from_pretrained(tmp_path)
+
+
+def test_a_file_is_read_without_trust(tmp_path):
+    fit(frame()).save_pretrained(tmp_path / "good")
+    text = (tmp_path / "good" / "preprocessor_config.json").read_text()
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "preprocessor_config.json").symlink_to(tmp_path / "good" / "preprocessor_config.json")
+    with pytest.raises(UnsafeFileError, match="found a link to"):
+        TabularProcessor.from_pretrained(bad)
+    (bad / "preprocessor_config.json").unlink()
+    (bad / "preprocessor_config.json").write_text(text.replace("{", '{"version": 1,', 1))
+    with pytest.raises(CheckpointError, match="'version' stands twice"):
+        TabularProcessor.from_pretrained(bad)
+    (bad / "preprocessor_config.json").write_text(text)
+    write_manifest(bad)
+    assert TabularProcessor.from_pretrained(bad) == TabularProcessor.from_pretrained(tmp_path / "good")
+    (bad / "preprocessor_config.json").write_text(text.replace('"age"', '"agf"'))
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json of .* is damaged or was changed"):
+        TabularProcessor.from_pretrained(bad)
 
 
 def test_a_missing_file_is_named(tmp_path):
