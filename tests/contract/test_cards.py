@@ -1,0 +1,89 @@
+"""Every shipped card: its checks, its weights, its answers, each task alone; and one record trained again."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+
+from moe_mtl import hub
+from moe_mtl.cards import check, reproduce
+from moe_mtl.cards.environment import made_as_here
+from moe_mtl.cards.record import load_record, this_row
+from moe_mtl.data import TabularProcessor, load
+from moe_mtl.models import AutoModelForMultiTask, MultiTaskModel
+from moe_mtl.training.run import evaluate
+
+CARDS = sorted(hub.zoo())
+SHIPPED = sorted({hub.read_config(folder)["model_type"] for folder in hub.zoo().values()})
+
+every_card = pytest.mark.parametrize("name", CARDS)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The last digits depend on it, and on busy cores more threads are slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def rows_of(folder: Path, model: MultiTaskModel) -> dict[str, torch.Tensor]:
+    """Test rows where the data come with the library, else random ones of the right kinds."""
+    record = load_record(folder)
+    if record["data"]["name"] != "digits":
+        return zoo.inputs_of(model.config, rows=257)
+    return TabularProcessor.from_pretrained(folder)(load("digits").test, labels=False)
+
+
+def test_there_are_cards() -> None:
+    assert {"mmoe", "ple", "home", "dselect_k"} <= set(SHIPPED)
+    assert set(SHIPPED) <= set(zoo.MODEL_TYPES)
+
+
+@every_card
+def test_the_card_has_no_problem(name: str) -> None:
+    assert check(name) == []
+
+
+def test_the_tables_of_the_zoo_have_no_problem() -> None:
+    assert [problem for problem in check() if not problem.startswith(tuple(CARDS))] == []
+
+
+@every_card
+def test_each_task_alone_answers_the_same_bits(name: str) -> None:
+    folder = hub.zoo()[name]
+    model = AutoModelForMultiTask.from_pretrained(name)
+    inputs = rows_of(folder, model)
+    with torch.inference_mode():
+        whole = model(**inputs).logits
+        assert list(whole) == model.tasks == list(this_row(load_record(folder))["metrics"])
+        for task, logits in whole.items():
+            assert torch.isfinite(logits).all()
+            assert len(logits.unique()) > 1, "every row is answered alike"
+            assert torch.equal(model.extract_task(task)(**inputs).logits[task], logits), task
+            read = AutoModelForMultiTask.from_pretrained(name, tasks=[task])
+            assert torch.equal(read(**inputs).logits[task], logits), task
+            assert read.num_parameters() < model.num_parameters()
+
+
+@pytest.mark.parametrize("name", [name for name in CARDS if name.endswith("-digits")])
+def test_the_weights_are_those_that_were_measured(name: str) -> None:
+    record = load_record(hub.zoo()[name])
+    shipped = record["seeds"].index(record["shipped_seed"])
+    measured = evaluate(name).metrics
+    for task, metrics in this_row(record)["metrics"].items():
+        for metric, entry in metrics.items():
+            assert measured[task][metric] == pytest.approx(entry["values"][shipped], abs=1e-4), (task, metric)
+
+
+def test_a_record_comes_again(one_thread: None) -> None:
+    """Trained anew: every number where packages and processor are the record's, elsewhere each task's first."""
+    record = load_record(hub.zoo()["mmoe-digits"])
+    found = reproduce("mmoe-digits", progress=False, echo=lambda line: None)
+    assert len(found) == sum(map(len, this_row(record)["metrics"].values()))
+    firsts = {(task, next(iter(metrics))) for task, metrics in this_row(record)["metrics"].items()}
+    counted = found if made_as_here(record) else [one for one in found if (one.task, one.metric) in firsts]
+    assert [str(one) for one in counted if not one.agrees] == []
