@@ -1,4 +1,4 @@
-"""Metrics per task over a whole split, by scikit-learn, in float64.
+"""Metrics per task over a whole split, by scikit-learn, in float64; log loss by its definition, see `_log_loss`.
 
 Shapes: `B` rows, `C` outputs of a task.
 """
@@ -204,6 +204,11 @@ def _group_auc(kind: str, rows: Rows) -> float:
 
 
 def _log_loss(kind: str, rows: Rows) -> float:
+    """Cross-entropy; for multilabel, averaged over the outputs.
+
+    Not scikit-learn's: that clips probabilities at 2e-16, where float32 scores go down to 1e-38, and rescales softmax
+    outputs whose float32 sum is not 1 to float64's precision.
+    """
     if kind == "multiclass":
         chosen = rows.score[np.arange(len(rows)), rows.label]
         losses = -np.log(np.clip(chosen, _TINY, 1.0))
@@ -226,8 +231,9 @@ def _decisions(kind: str, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
 def _accuracy(kind: str, rows: Rows) -> float:
     """Share of right decisions; for multilabel, over all outputs."""
     label, decision = _decisions(kind, rows)
-    right = label == decision
-    return float(np.average(right if right.ndim == 1 else right.mean(1), weights=rows.weight))
+    if kind == "multilabel":
+        return 1 - float(sk.hamming_loss(label, decision, sample_weight=rows.weight))
+    return float(sk.accuracy_score(label, decision, sample_weight=rows.weight))
 
 
 def _f1(kind: str, rows: Rows) -> float:
@@ -238,11 +244,12 @@ def _f1(kind: str, rows: Rows) -> float:
 
 
 def _rmse(kind: str, rows: Rows) -> float:
-    return float(np.sqrt(np.average(np.square(rows.score - rows.label).mean(1), weights=rows.weight)))
+    # Not root_mean_squared_error, which takes the root per output.
+    return float(np.sqrt(sk.mean_squared_error(rows.label, rows.score, sample_weight=rows.weight)))
 
 
 def _mae(kind: str, rows: Rows) -> float:
-    return float(np.average(np.abs(rows.score - rows.label).mean(1), weights=rows.weight))
+    return float(sk.mean_absolute_error(rows.label, rows.score, sample_weight=rows.weight))
 
 
 _MEASURES: dict[str, Callable[[str, Rows], float]] = {

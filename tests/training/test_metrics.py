@@ -73,7 +73,13 @@ def test_multilabel(rng):
     assert found["auc"] == pytest.approx(np.mean([sk.roc_auc_score(truth[:, c], score[:, c]) for c in range(2)]))
     expected = -(truth * np.log(score) + (1 - truth) * np.log(1 - score)).mean()
     assert found["log_loss"] == pytest.approx(expected)
-    assert found["accuracy"] == pytest.approx(((score > 0.5) == truth).mean())
+    right = ((score > 0.5) == truth).mean(1)
+    assert found["accuracy"] == pytest.approx(right.mean())
+    weight = torch.tensor(rng.uniform(size=ROWS))
+    weighted = one(task, logits, label, weights={"m": weight})["accuracy"]
+    assert weighted == pytest.approx(np.average(right, weights=weight.numpy()[kept]))
+    single = Task("m", "multilabel", 1, metrics=("accuracy",))
+    assert one(single, logits[:, :1], label[:, :1])["accuracy"] == pytest.approx(((score > 0.5) == truth)[:, 0].mean())
 
 
 def test_regression_in_the_users_units(rng):
