@@ -17,7 +17,7 @@ from moe_mtl.training.balancing import (
 from moe_mtl.training.metrics import counted_rows
 from moe_mtl.training.recipe import RecipeError, TaskSampling
 
-# What a method cannot do without, for two tasks.
+# What a method cannot do without.
 OPTIONS = {
     "Constant": {"weights": [1.0, 2.0]},
     "COSMOS": {"lambda_": 1.0, "weights": [1.0, 1.0]},
@@ -25,9 +25,10 @@ OPTIONS = {
     "STCH": {"mu": 0.5},
     "CAGrad": {"c": 0.5},
     "FairGrad": {"alpha": 1.0},
+    "Krum": {"n_byzantine": 0},
     "TrimmedMean": {"trim_number": 0},
 }
-NEEDS_SOLVER = {"CAGrad", "DualProj", "NashMTL", "UPGrad"}
+NEEDS_SOLVER = {"CAGrad": "clarabel", "DualProj": "quadprog", "NashMTL": "ecos", "UPGrad": "quadprog"}
 
 
 def gradients_by_task(model, batch):
@@ -97,11 +98,17 @@ def test_sum_is_plain_training(make_model, make_table, make_trainer):
             torch.testing.assert_close(other[name], value, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", sorted(set(aggregators()) - NEEDS_SOLVER - {"Krum"}))  # Krum is for 3 tasks and more
+@pytest.mark.parametrize("name", sorted(aggregators()))
 def test_every_aggregator_trains(make_model, make_table, make_trainer, name):
-    model = make_model()
+    if name in NEEDS_SOLVER:
+        pytest.importorskip(NEEDS_SOLVER[name])
+    table, tasks = make_table(), ["a", "b"]
+    if name == "Krum":  # is for 3 tasks and more
+        tasks = ["a", "b", "c"]
+        table.tensors["labels"]["c"] = 1 - table.tensors["labels"]["a"]
+    model = make_model(tasks=[{"name": task, "kind": "binary"} for task in tasks])
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    trainer = make_trainer(model, make_table(), max_steps=2, gradient_balancing="Sum")
+    trainer = make_trainer(model, table, max_steps=2, gradient_balancing="Sum")
     trainer.gradient_balancer = GradientBalancer(name, OPTIONS.get(name, {}), model.tasks, model.task_parameters())
     trainer.train()
     assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
@@ -109,11 +116,13 @@ def test_every_aggregator_trains(make_model, make_table, make_trainer, name):
 
 
 @pytest.mark.parametrize("name", sorted(NEEDS_SOLVER))
-def test_solvers_are_asked_for_by_the_extra(name):
-    try:
+def test_a_solver_that_is_not_installed_is_named_with_the_extra(name, monkeypatch):
+    monkeypatch.setattr("torchjd._mixins.find_spec", lambda package: None)
+    with pytest.raises(RecipeError) as error:
         build_method("gradient_balancing", name, OPTIONS.get(name, {}), 2)
-    except RecipeError as error:
-        assert "moe-mtl[balancing]" in str(error)  # noqa: PT017 - the solver may be there
+    assert f"train.gradient_balancing: {name} needs a solver that is not installed" in str(error.value)
+    assert "moe-mtl[balancing]" in str(error.value)
+    assert NEEDS_SOLVER[name] in str(error.value)
 
 
 @pytest.mark.parametrize("name", sorted(scalarizers()))
