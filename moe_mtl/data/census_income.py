@@ -6,10 +6,11 @@ the label columns of the tasks in use are removed from the inputs. `instance_wei
 
 Two protocols:
 
-- census-income: a folder with both UCI files. Train on `census-income.data` (199,523 rows); `census-income.test` is
-  halved into validation and test.
+- census-income, the papers': `path` is a folder with both UCI files, which you fetch yourself. Train on
+  `census-income.data` (199,523 rows); `census-income.test` is halved into validation and test.
 - census-income-half: the file `census-income.test` alone (99,762 rows), cut by the sha256 of the row number: 6 / 2 / 2
-  tenths. Its numbers must not be set beside those of papers.
+  tenths. This is the one file that is fetched where no `path` is given. Its numbers must not be set beside those of
+  papers.
 """
 
 import gzip
@@ -69,8 +70,8 @@ class Options:
 
     Attributes:
         path: the file `census-income.test`, or a folder with `census-income.data` and `census-income.test`, each plain
-            or `.gz`.
-            By default the test file is fetched from UCI and checked against a pinned hash.
+            or `.gz`. By default `census-income.test`, and that file only, is fetched from UCI and checked against a
+            pinned hash: the protocol is then census-income-half.
         tasks: which of income (above 50,000 dollars), never_married, education (Associates degree and above).
         exclude: columns kept from the inputs beyond the label columns of `tasks`; a model that is to get the task
             education later must not have seen that column. `income_50k` and `instance_weight` never are inputs.

@@ -21,8 +21,7 @@ TASKS = {
     "at_least_5": Task("at_least_5", "binary"),
     "holes": Task("holes", "multiclass", 3),
 }
-# Closed loops of the printed digit. 4 counts as open (0): most of these writers leave it open. 6, 9 and 0 have one, 8
-# two.
+# Closed loops of the printed digit: 0, 6 and 9 have one, 8 has two. 4 counts as open, as most writers here leave it.
 HOLES = (1, 0, 0, 0, 0, 0, 1, 0, 2, 1)
 
 

@@ -26,9 +26,8 @@ class NumericSummary:
     """Moments and a value sample of a stream of numbers.
 
     Up to `limit` values, everything is exact. Beyond, mean, deviation, minimum and maximum stay exact, and quantiles
-    come
-    from a uniform sample of `limit` values: each value draws a random key from a fixed seed and those with the smallest
-    keys stay, so the sample does not depend on how the rows are cut into batches.
+    come from a uniform sample of `limit` values: each value draws a random key from a fixed seed and those with the
+    smallest keys stay, so the sample does not depend on how the rows are cut into batches.
     """
 
     def __init__(self, limit: int = EXACT_VALUES):

@@ -265,8 +265,7 @@ def open_source(rows: Any) -> Source:
 
     Args:
         rows: a `Source`, pyarrow table or record batch, pandas frame, `datasets` data set, path or paths of files,
-            list of
-            dicts (a key that some rows lack is missing in them) or dict of columns.
+            list of dicts (a key that some rows lack is missing in them) or dict of columns.
 
     Raises:
         DataError: anything else.

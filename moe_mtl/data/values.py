@@ -4,8 +4,7 @@ A category is matched as text in a canonical form, so that the same table gives 
 pandas: surrounding white space is dropped; integers are written out exactly (never through a float); a float or a text
 that holds a whole number is written as that integer (`1.0` -> `1`, what a nullable integer column turns into);
 booleans, and the texts `True`, `False`, `TRUE`, `FALSE`, become `true` and `false`; other values keep Arrow's text
-form.
-Null, NaN and the values whose canonical text is in `missing` (by default the empty one) are missing.
+form. Null, NaN and the values whose canonical text is in `missing` (by default the empty one) are missing.
 """
 
 import re

@@ -1,10 +1,9 @@
 """Balancing tasks: how several losses become one update. The methods are TorchJD's; this file connects them.
 
 Loss balancing turns the losses into one scalar, then differentiates once. Gradient balancing differentiates each loss
-with respect to the
-shared parameters and combines the rows of that Jacobian; parameters of one task get that task's plain gradient.
-Both see weighted losses (`Task.weight`). A task of weight 0 takes no part; a task without a counted row in the batch
-contributes zero.
+with respect to the shared parameters and combines the rows of that Jacobian; parameters of one task get that task's
+plain gradient. Both see weighted losses (`Task.weight`). A task of weight 0 takes no part; a task without a counted row
+in the batch contributes zero.
 """
 
 import inspect
@@ -61,7 +60,7 @@ def build_method(kind: str, name: str, options: Mapping[str, Any], num_tasks: in
 
     Raises:
         RecipeError: an unknown method or option, an option missing or refused by the method, a solver that is not
-        installed.
+            installed.
     """
     where = f"train.{kind}"
     known = scalarizers() if kind == "loss_balancing" else aggregators()
@@ -156,7 +155,7 @@ class GradientBalancer(nn.Module):
         self._only_present = name in _ONLY_PRESENT and not any(isinstance(value, list) for value in options.values())
         # Tuples inside a dict: these parameters belong to the model and must not be registered here.
         self._parameters_of = {
-            SHARED: tuple(p for p in parameters["shared"] if p.requires_grad),
+            SHARED: tuple(p for p in parameters[SHARED] if p.requires_grad),
             "specific": tuple(
                 p for key, group in parameters.items() if key != SHARED for p in group if p.requires_grad
             ),

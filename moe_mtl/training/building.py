@@ -18,7 +18,7 @@ def build(recipe: Recipe, splits: DataSplits) -> tuple[MultiTaskModel, TabularPr
 
     Raises:
         RecipeError: a task, config field or parameter pattern that does not exist; a saved model that cannot take a
-        further task.
+            further task.
     """
     section = recipe.model
     if "features" in section.config:

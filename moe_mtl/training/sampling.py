@@ -16,8 +16,7 @@ class TaskBatches:
     """Batches whose rows all carry the label of one task; yields `(task, index tensor)`.
 
     An epoch has as many batches of each task, on average, as the temperature asks for, and as many in all as the
-    labelled rows fill.
-    Each task walks through a permutation of its own rows, and begins a new one when it is used up.
+    labelled rows fill. Each task walks through a permutation of its own rows, and begins a new one when it is used up.
 
     Args:
         tasks: the tasks to draw; one without a labelled row is an error.

@@ -14,10 +14,16 @@ import pytest
 from moe_mtl.data import DataError, census_income, load
 from moe_mtl.data.census_income import COLUMNS, NUMERIC
 
-HALF = Path(__file__).parents[2].parent / "shared/data/census-income.test.gz"
-needs_half = pytest.mark.skipif(
-    not HALF.is_file(), reason="the UCI file census-income.test.gz is not beside the repository"
-)
+NAME = "census-income.test.gz"
+ROOT = Path(__file__).parents[2]
+# Where the library keeps what it has fetched, or a folder `data` in the repository or beside it.
+PLACES = [
+    *Path(census_income.Options.cache).expanduser().glob(NAME),
+    *ROOT.glob(f"data/{NAME}"),
+    *sorted(ROOT.parent.glob(f"*/data/{NAME}")),
+]
+HALF = next(iter(PLACES), Path(NAME))
+needs_half = pytest.mark.skipif(not PLACES, reason=f"there is no UCI file {NAME}")
 
 
 @pytest.fixture(scope="module")
