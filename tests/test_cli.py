@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -22,7 +23,7 @@ from moe_mtl.cli import COMMANDS, main
 from moe_mtl.cli._arguments import UsageError, split_overrides
 from moe_mtl.cli._console import quiet_libraries, table
 from moe_mtl.data import TabularProcessor, load
-from moe_mtl.hub import Checkpoint
+from moe_mtl.hub import Checkpoint, zoo_folder
 from moe_mtl.models import REGISTRY, AutoModelForMultiTask
 from moe_mtl.pathway import cost
 
@@ -215,7 +216,14 @@ def test_models(capsys: pytest.CaptureFixture) -> None:
     assert [row["type"] for row in told["types"]] == sorted(REGISTRY)
     assert all(row["paper"] for row in told["types"])
     assert run("models") == 0
-    assert all(name in capsys.readouterr().out for name in ("mmoe",))
+    text = capsys.readouterr().out
+    assert all(f"\n{row['type']} " in text and row["paper"] in text for row in told["types"])
+    for row in told["models"]:
+        model = AutoModelForMultiTask.from_pretrained(row["name"])
+        assert (row["type"], row["tasks"]) == (model.config.model_type, model.tasks)
+        (line,) = (line for line in text.splitlines() if line.startswith(f"{row['name']} "))
+        assert f" {row['parameters']:,} " in line
+        assert row["parameters"] == cost(model).touched
 
 
 def test_models_lists_the_zoo(trained: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,16 +276,20 @@ def test_bench_options_are_those_of_the_measurement(
     assert "did you mean 'tabular'?" in fails(capsys, "bench", "tabluar")
 
 
-@pytest.mark.parametrize(("problems", "code"), [([], 0), (["a: wrong"], 2)])
-def test_cards_check(
-    problems: list[str], code: int, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-    monkeypatch.setattr("moe_mtl.cards.check", lambda names: asked.append(names) or problems)
-    assert run("cards", "check") == code
-    assert run("cards", "check", "one", "--json") == code
-    assert json.loads(capsys.readouterr().out.splitlines()[-1] if not problems else '["a: wrong"]') == problems
-    assert asked == ["all", ["one"]]
+def test_cards_check(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run("cards", "check", "mmoe-digits") == 0
+    assert capsys.readouterr().out == "the cards are as their records give them\n"
+    assert run("cards", "check", "mmoe-digits", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == []
+    broken = tmp_path / "mmoe-digits"
+    shutil.copytree(zoo_folder() / "mmoe-digits", broken)
+    (broken / "notes.txt").touch()
+    (broken / "README.md").unlink()
+    found = ["mmoe-digits: expected the file README.md, found none", "mmoe-digits: notes.txt: no file of a card"]
+    assert run("cards", "check", broken) == 2
+    assert capsys.readouterr().out.splitlines() == found
+    assert run("cards", "check", broken, "--json") == 2
+    assert json.loads(capsys.readouterr().out) == found
 
 
 @pytest.mark.parametrize(("measured", "code"), [(0.91, 0), (0.8, 2)])

@@ -7,6 +7,7 @@ moe-mtl bench tabular --help               tells the options of one measurement
 import argparse
 import dataclasses
 import importlib
+import inspect
 import re
 import types
 import typing
@@ -52,7 +53,7 @@ def benches() -> list[str]:
 
 def declare(parser: Parser, options: type) -> None:
     """One option per field of a dataclass; its docstring's `Attributes` are the help."""
-    told = dict(re.findall(r"^ {8}(\w+): (.+)$", options.__doc__ or "", re.M))
+    told = _attributes(options.__doc__ or "")
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
         flag, text = f"--{field.name.replace('_', '-')}", told.get(field.name, "").replace("%", "%%")
@@ -66,3 +67,11 @@ def declare(parser: Parser, options: type) -> None:
             parser.add_argument(flag, nargs="+", type=typing.get_args(kind)[0], metavar=field.name.upper(), **settings)
         else:
             parser.add_argument(flag, type=kind, metavar=field.name.upper(), **settings)
+
+
+def _attributes(docstring: str) -> dict[str, str]:
+    """The entries under `Attributes:`, each as one line however it was wrapped."""
+    _, _, section = inspect.cleandoc(docstring).partition("\nAttributes:\n")
+    section = re.split(r"^(?=\S)", section, maxsplit=1, flags=re.M)[0]
+    entries = re.findall(r"^ {4}(\w+): (.+(?:\n {5,}.+)*)", section, re.M)
+    return {name: " ".join(text.split()) for name, text in entries}

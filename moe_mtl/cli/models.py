@@ -25,27 +25,47 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _row(name: str, folder: Path) -> dict[str, Any]:
-    from ..hub import Checkpoint, read_config
+    from ..hub import read_config
 
     config = read_config(folder)
-    tasks = [task["name"] for task in config.get("tasks") or []]
     return {
         "name": name,
         "type": config["model_type"],
-        "parameters": Checkpoint(folder).num_parameters,
-        "tasks": tasks,
+        "parameters": _parameters(folder, config),
+        "tasks": [task["name"] for task in config.get("tasks") or []],
         "test": _test(folder),
     }
 
 
+def _parameters(folder: Path, config: dict[str, Any]) -> int:
+    """As its record has them, else counted on the model without its memory; the weights' file also holds buffers."""
+    if (record := _record(folder)) is not None:
+        from ..cards.record import this_row
+
+        return this_row(record)["parameters"]
+    import torch
+
+    from ..models import model_class
+
+    cls = model_class(config["model_type"])
+    with torch.device("meta"):
+        return cls(cls.config_class.from_dict(config)).num_parameters()
+
+
 def _test(folder: Path) -> list[str]:
     """Of each task its first metric, mean over the seeds; nothing where the folder has no record."""
-    from ..cards.record import RECORD, load_record, this_row
-
-    if not (folder / RECORD).is_file():
+    if (record := _record(folder)) is None:
         return []
-    firsts = {task: next(iter(metrics.items())) for task, metrics in this_row(load_record(folder))["metrics"].items()}
+    from ..cards.record import this_row
+
+    firsts = {task: next(iter(metrics.items())) for task, metrics in this_row(record)["metrics"].items()}
     return [f"{task} {metric} {measured['mean']:.4f}" for task, (metric, measured) in firsts.items()]
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
+    from ..cards.record import RECORD, load_record
+
+    return load_record(folder) if (folder / RECORD).is_file() else None
 
 
 def _types() -> list[dict[str, Any]]:

@@ -1,19 +1,25 @@
 """Tiny runs of the benchmark, its floor, its timing and its files. Nothing here looks at how long something took."""
 
+import dataclasses
+import importlib
 import json
+import shlex
 import subprocess
-from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from moe_mtl import cli
 from moe_mtl.bench import memory, tabular
 from moe_mtl.bench.contenders import Ours, contenders
 from moe_mtl.bench.report import aligned, table
 from moe_mtl.bench.rows import CATEGORIES, first, generated_rows
 from moe_mtl.bench.timing import Timing, alternate
 from moe_mtl.bench.work import Shape, floor_calls
+from moe_mtl.cli import bench
+from moe_mtl.cli._arguments import Parser
 
 SMALL = {"num_numeric": 3, "expert_dims": (4, 5), "tower_dims": (6,)}
 
@@ -156,4 +162,52 @@ def test_options_that_make_no_sense_are_refused_by_name(field, value):
 def test_columns_are_aligned():
     lines = aligned(["a", "long"], [["xyz", "1"], ["b", "22"]])
     assert lines == ["a    long", "---  ----", "xyz     1", "b      22"]
-    assert all(len(a) <= len(b) for a, b in pairwise(lines[1:2] * 2))
+    assert aligned(["a", "b"], [["x", ""]]) == ["a  b", "-  -", "x"]  # nothing trails
+
+
+def test_the_command_of_the_page_gives_its_options(monkeypatch):
+    """What BENCHMARKS.md tells to type is what `main` is called with."""
+    page = Path(__file__).parents[2] / "BENCHMARKS.md"
+    (line,) = (line for line in page.read_text().splitlines() if line.startswith("moe-mtl bench tabular"))
+    called = []
+    monkeypatch.setattr(tabular, "main", called.append)
+    assert cli.main(shlex.split(line)[1:]) == 0
+    expected = tabular.Options(data="census-income.test.gz", parts=("latency", "training"), rounds=7, training_rounds=1)
+    assert called == [expected]
+
+
+def test_wrapped_help_of_an_option_is_whole(capsys):
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """What.
+
+        Attributes:
+            first: begins here
+                and goes on over
+                100 % of three lines.
+            second: alone.
+
+        Raises:
+            third: no option.
+        """
+
+        first: int = 1
+        second: str | None = None
+        third: bool = False
+
+    parser = Parser(prog="x")
+    bench.declare(parser, Options)
+    told = {action.dest: action.help for action in parser._actions}
+    assert told["first"] == "begins here and goes on over 100 %% of three lines."
+    assert told["second"] == "alone."
+    assert told["third"] == ""
+
+
+@pytest.mark.parametrize("name", bench.benches())
+def test_every_option_of_every_measurement_has_its_help(name):
+    options = importlib.import_module(f"moe_mtl.bench.{name}").Options
+    parser = Parser(prog=name)
+    bench.declare(parser, options)
+    told = {action.dest: action.help or "" for action in parser._actions}
+    for field in dataclasses.fields(options):
+        assert told[field.name].endswith("."), field.name
