@@ -39,7 +39,7 @@ def extract(model: str | Path, tasks: list[str], output: str | Path) -> dict[str
     from ..hub import Checkpoint, resolve, write_manifest
     from ..models import AutoModelForMultiTask
     from ..training.recipe import RecipeError
-    from ._saved import RECIPE, recipe_of
+    from ..training.saved import RECIPE, recipe_of
 
     folder = resolve(model)
     small = AutoModelForMultiTask.from_pretrained(folder, tasks=tasks)
