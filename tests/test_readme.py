@@ -1,0 +1,98 @@
+"""The README's commands and Python as they stand, in a folder with tiny files of the names that they use."""
+
+import contextlib
+import os
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from moe_mtl.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "CONTRIBUTING.md", "BENCHMARKS.md", "model_cards/README.md"]
+# Fenced commands that are not run here, and why.
+SKIPPED = {
+    "make": "tests/test_demo.py runs the demo; this is the test",
+    "moe-mtl bench tabular": "needs the census file and the peers; tests/bench/test_tabular.py reads its options",
+    "moe-mtl bench trees": "needs the census file and LightGBM; tests/cards/test_external.py runs it on digits",
+}
+# What is added to a command so that it takes seconds.
+SMALLER = {"moe-mtl train": ["--train.epochs", "1", "--model.num_experts", "2", "--model.expert_dims", "[4]"]}
+
+
+def prose(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def fenced(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", prose(page), re.M | re.S)
+
+
+def commands() -> list[list[str]]:
+    """Every line of a shell block, in order, without its comment."""
+    lines = (line for page in PAGES for block in fenced(page, "sh") for line in block.splitlines())
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+
+def skipped(words: list[str]) -> bool:
+    return any(words[: len(prefix.split())] == prefix.split() for prefix in SKIPPED)
+
+
+def write_tables(folder: Path) -> None:
+    """clicks.parquet and new_rows.csv: three columns, two labels."""
+    draw = np.random.default_rng(0)
+    rows = pd.DataFrame({"age": draw.normal(40, 10, 400), "city": draw.choice(["Rome", "Oslo", "Lima"], 400)})
+    rows["hour"] = draw.integers(24, size=400)
+    labels = {"click": draw.integers(2, size=400), "price": draw.gamma(2.0, 10.0, size=400)}
+    rows.assign(**labels).to_parquet(folder / "clicks.parquet")
+    rows.head(20).to_csv(folder / "new_rows.csv", index=False)
+
+
+def test_the_commands_work_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tables(tmp_path)
+    run = [words for words in commands() if not skipped(words)]
+    assert {words[0] for words in run} == {"moe-mtl"}
+    assert {"train", "predict", "extract", "cost"} <= {words[1] for words in run}
+    for words in run:
+        more = next((extra for prefix, extra in SMALLER.items() if words[:2] == prefix.split()), [])
+        assert main([*words[1:], *more]) == 0, shlex.join(words)
+    answers = pd.read_csv("answers.csv")
+    assert len(answers) == 20
+    assert {"click", "price"} <= set(answers)
+    assert os.path.isfile("runs/click/model.safetensors")
+
+
+def test_every_skip_is_needed() -> None:
+    for prefix in SKIPPED:
+        assert any(words[: len(prefix.split())] == prefix.split() for words in commands()), prefix
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_in_the_text_exist(page: str, capsys: pytest.CaptureFixture) -> None:
+    for text in re.findall(r"`moe-mtl\s([^`]+)`", prose(page)):
+        name, *rest = text.split()
+        assert name == "COMMAND" or name in COMMANDS, text
+        if name in COMMANDS:
+            assert main([name, "--help"]) == 0
+            told = capsys.readouterr().out
+            options = [word for word in rest if word.startswith("--") and "." not in word]
+            assert all(option in told for option in options), text
+
+
+@pytest.mark.parametrize(
+    ("page", "code"), [(page, code) for page in PAGES for code in fenced(page, "python")], ids=lambda value: value[:12]
+)
+def test_the_python_works(page: str, code: str) -> None:
+    names: dict = {}
+    with contextlib.chdir(ROOT):
+        exec(compile(code, page, "exec"), names)
+    if page == "README.md":
+        assert set(names["model"].tasks) <= set(names["answers"])
+        assert {len(answers) for answers in names["answers"].values()} == {len(names["rows"])}
+        assert names["parity"].tasks == ["parity"]
+        assert type(names["parity"]) is type(names["model"])
