@@ -2,7 +2,7 @@
 
 What a table needs is often a gradient-boosted tree. This measures the strongest simple tools on the rows, columns and
 split of a data set here, chooses by validation rows alone, and compares models of the zoo with them on the same test
-rows (paired bootstrap). Needs LightGBM: pip install lightgbm.
+rows (paired bootstrap). Needs LightGBM: pip install 'moe_mtl[trees]'.
 
 moe-mtl bench trees --path census-income.test.gz --model mmoe-census-income-half ple-census-income-half --output out
 moe-mtl cards build mmoe-census-income-half ple-census-income-half --external out/trees.json
