@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..files import read_json, write_atomically
+from ..files import MAX_JSON_BYTES, read_json, write_atomically
 from ..naming import nearest
 from ..tasks import Task, UnknownTaskError, check_task_names, parse_tasks
 from .categories import ListColumn, check_vocabulary
@@ -359,12 +359,24 @@ class TabularProcessor:
         """Writes `preprocessor_config.json` into `folder`, whole or not at all. Returns the path written.
 
         Raises:
+            DataError: see `to_json`.
             OSError: the folder cannot be written, the disk is full.
         """
+        content = self.to_json()
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+        write_atomically(path, content)
         return [str(path)]
+
+    def to_json(self) -> bytes:
+        """What `preprocessor_config.json` holds. Raises DataError if that is more than would be read again."""
+        content = json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+        if len(content) > MAX_JSON_BYTES:
+            raise DataError(
+                f"expected vocabularies of at most {MAX_JSON_BYTES:,} bytes in all, found {len(content):,}: set "
+                "min_count or max_categories of the features with the most values"
+            )
+        return content
 
     @classmethod
     def from_pretrained(

@@ -94,6 +94,7 @@ def run(
     set_seed(recipe.train.seed)
     model, processor = build(recipe, splits)
     _check_groups(model, processor)
+    processor.to_json()  # raises for vocabularies too large to be saved
     tables = {
         name: TensorTable(processor(part))
         for name, part in splits.parts().items()
