@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from moe_mtl.cli import COMMANDS, main
+from moe_mtl.models import REGISTRY
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "BENCHMARKS.md", "model_cards/README.md"]
@@ -70,6 +71,12 @@ def test_the_commands_work_one_after_another(tmp_path: Path, monkeypatch: pytest
 def test_every_skip_is_needed() -> None:
     for prefix in SKIPPED:
         assert any(words[: len(prefix.split())] == prefix.split() for words in commands()), prefix
+
+
+def test_every_model_type_has_its_row() -> None:
+    section = prose("README.md").partition("## What one task costs")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert sorted(name for cell in rows for name in re.findall(r"`(\w+)`", cell)) == sorted(REGISTRY)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,8 +1,8 @@
 """Is the difference between two models more than the luck of the test rows? A paired bootstrap, seeds averaged.
 
 Legend: `B` rows, `S` seeds, `R` resamples. Both models are judged on the same resampled rows, so that what makes a row
-hard for both cancels. A resample is a vector of counts: each
-statistic sorts its scores once, and then only weighs them.
+hard for both cancels. A resample is a vector of counts: each statistic sorts its scores once, and then only weighs
+them.
 """
 
 from collections.abc import Callable

@@ -169,10 +169,13 @@ def _cost_of(trained: Trained) -> dict[str, int]:
     return {key: sum(one[key] for one in costs) for key in costs[0]}
 
 
-def _experts_of(model: Any, task: str) -> dict[str, list[int]]:
-    """The experts that a task keeps, where its config names them: those of a gate that chooses."""
-    kept = model.extract_task(task).config.to_dict().get("experts_kept")
-    return {} if kept is None else {"experts": kept}
+def _experts_of(model: Any, task: str) -> dict[str, dict[str, Any]]:
+    """Which experts a task keeps, where the config says that: a gate that chooses may have settled on few, or not."""
+    config = model.extract_task(task).config.to_dict()
+    if "experts_kept" not in config:
+        return {}
+    number, kept = config["num_experts"], config["experts_kept"]
+    return {"experts": {"kept": list(range(number)) if kept is None else kept, "of": number}}
 
 
 def _comparison(

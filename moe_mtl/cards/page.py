@@ -193,16 +193,20 @@ def verdict(entry: Mapping[str, Any]) -> str:
 def _cost_table(record: Mapping[str, Any]) -> str:
     own = this_row(record)
     header = ["one task alone", "parameters", "of all", "multiply-adds per row", "of all"]
-    chosen = any("experts" in cost for cost in record["single_task_cost"].values())
+    costs = record["single_task_cost"]
+    named = all("experts" in cost for cost in costs.values())
     rows = []
-    for task, cost in record["single_task_cost"].items():
-        experts = cost.get("experts")
-        cells = ["all" if experts is None else f"{len(experts)} ({', '.join(map(str, experts))})"] if chosen else []
+    for task, cost in costs.items():
+        cells = [task]
+        if named:
+            kept, number = cost["experts"]["kept"], cost["experts"]["of"]
+            which = "" if len(kept) == number else f": {', '.join(map(str, kept))}"
+            cells.append(f"{len(kept)} of {number}{which}")
         for key in ("parameters", "multiply_adds"):
             cells += [f"{cost[key]:,}", f"{cost[key] / own[key]:.0%}"]
-        rows.append([task, *cells])
-    if chosen:
-        header.insert(1, "experts kept (which)")
+        rows.append(cells)
+    if named:
+        header.insert(1, "experts kept")
     return f"What one task costs, `from_pretrained(..., tasks=[task])`:\n\n{table(header, rows)}"
 
 

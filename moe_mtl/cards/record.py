@@ -38,8 +38,7 @@ SCHEMA: dict[str, Any] = {
             "metrics": {"*": {"*": MEASURE}},
         }
     ],
-    # Of a model whose tasks choose among the experts, those that the task keeps.
-    "single_task_cost": {"*": {**COST, "experts?": [int]}},
+    "single_task_cost": {"*": {**COST, "experts?": {"kept": [int], "of": int}}},
     "comparison": [{"baseline": str, "task": str, "metric": str, **DIFFERENCE}],
     "bootstrap": {"resamples": int, "confidence": NUMBER},
     "tolerance?": {"*": NUMBER},  # of older records; it follows from the values now

@@ -145,6 +145,56 @@ def test_a_made_card_passes_every_check_and_is_reproduced(zoo, runs, monkeypatch
     assert off.tolerance <= 0.01
 
 
+def test_other_tools_are_taken_from_a_file(zoo, runs, tmp_path):
+    lines = []
+    folder = making.make("digits/mmoe", runs=runs, echo=lines.append)
+    assert "external" not in load_record(folder)
+    record = load_record(folder)
+    tool = {"auc": 0.9, "std": None, "seconds": 1.0}
+    found = {
+        "bench": "trees",
+        "command": "moe-mtl bench trees --model mmoe-digits",
+        "data": record["data"],
+        "models": {},
+    }
+    found["tasks"] = {"parity": {"LightGBM": tool}}
+    path = tmp_path / "trees.json"
+    path.write_text(json.dumps(found))
+    making.make("digits/mmoe", runs=runs, external=path, echo=lines.append)
+    (row,) = load_record(folder)["external"]
+    assert row["metrics"] == {"parity": {"auc": 0.9}}
+    assert "differences" not in row
+    assert lines[-1] == "the other tools were not compared with these weights: moe-mtl bench trees --model mmoe-digits"
+    assert check() == []
+
+    difference = {"mean": 0.1, "ci_low": 0.05, "ci_high": 0.15}
+    found["models"]["mmoe-digits"] = record["weights"]["sha256"]
+    tool["differences"] = {"mmoe-digits": difference}
+    path.write_text(json.dumps(found))
+    making.make("digits/mmoe", runs=runs, external=path, echo=lines.append)
+    assert load_record(folder)["external"][0]["differences"] == {"parity": {"auc": difference}}
+    assert "these weights are ahead of LightGBM" in (folder / "README.md").read_text()
+    assert check() == []
+
+
+def test_the_experts_that_a_task_keeps_are_recorded():
+    fields = {"features": [{"name": "x", "kind": "numeric"}], "tasks": [{"name": n, "kind": "binary"} for n in "ab"]}
+    gates = model_class("dselect_k")
+    model = gates(gates.config_class(**fields, num_experts=4, num_selected=2))
+    with torch.no_grad():
+        for gate in model.trunk.gates.values():
+            gate.bits.fill_(0.0)
+        model.trunk.gates["b"].bits.copy_(torch.tensor([[-9.0, 9.0], [9.0, 9.0]]))
+    (undecided,), (settled,) = (making._experts_of(model, task).values() for task in "ab")
+    assert undecided == {"kept": [0, 1, 2, 3], "of": 4}
+    assert settled["of"] == 4
+    assert len(settled["kept"]) == 2
+    dense = model_class("mmoe")
+    assert making._experts_of(dense(dense.config_class(**fields)), "a")["experts"]["kept"] == list(range(8))
+    levels = model_class("ple")
+    assert making._experts_of(levels(levels.config_class(**fields)), "a") == {}
+
+
 def test_a_full_disk_leaves_the_old_card(zoo, runs, monkeypatch):
     folder = making.make("digits/mmoe", runs=runs, echo=lambda _: None)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from moe_mtl.cards import build_card, build_index, page
-from moe_mtl.cards.record import load_record
+from moe_mtl.cards.record import load_record, record_problems
 from moe_mtl.tasks import Task
 
 
@@ -87,11 +87,13 @@ def test_settings_that_differ_are_told(card):
 def test_the_experts_that_a_task_keeps(card):
     record = load_record(card)
     assert "experts kept" not in page.results(record)
-    record["single_task_cost"]["parity"]["experts"] = [1, 6]
+    record["single_task_cost"]["parity"]["experts"] = {"kept": [1, 6], "of": 8}
+    record["single_task_cost"]["digit"]["experts"] = {"kept": list(range(8)), "of": 8}
+    assert record_problems(record) == []
     text = page.results(record)
-    assert "| one task alone | experts kept (which) | parameters | of all |" in text
-    assert "| parity | 2 (1, 6) | 6 | 60% |" in text
-    assert "| digit | all | 6 |" in text
+    assert "| one task alone | experts kept | parameters | of all |" in text
+    assert "| parity | 2 of 8: 1, 6 | 6 | 60% |" in text
+    assert "| digit | 8 of 8 | 6 |" in text
 
 
 @pytest.mark.parametrize("text", ["none", "{0}", "{1}{0}", "{0}{1}{0}{1}"])
