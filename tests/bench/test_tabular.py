@@ -165,15 +165,21 @@ def test_columns_are_aligned():
     assert aligned(["a", "b"], [["x", ""]]) == ["a  b", "-  -", "x"]  # nothing trails
 
 
-def test_the_command_of_the_page_gives_its_options(monkeypatch):
-    """What BENCHMARKS.md tells to type is what `main` is called with."""
+def test_the_commands_of_the_page_reach_their_measurement(monkeypatch):
+    """What BENCHMARKS.md tells to type needs no other way in: `main` gets those options."""
     page = Path(__file__).parents[2] / "BENCHMARKS.md"
-    (line,) = (line for line in page.read_text().splitlines() if line.startswith("moe-mtl bench tabular"))
-    called = []
-    monkeypatch.setattr(tabular, "main", called.append)
-    assert cli.main(shlex.split(line)[1:]) == 0
-    expected = tabular.Options(data="census-income.test.gz", parts=("latency", "training"), rounds=7, training_rounds=1)
-    assert called == [expected]
+    lines = [line for line in page.read_text().splitlines() if line.startswith("moe-mtl bench ")]
+    assert {shlex.split(line)[2] for line in lines} >= {"tabular", "trees"}
+    for line in lines:
+        name, *options = shlex.split(line, comments=True)[2:]
+        measurement = importlib.import_module(f"moe_mtl.bench.{name}")
+        called = []
+        monkeypatch.setattr(measurement, "main", called.append)
+        assert cli.main(["bench", name, *options]) == 0, line
+        assert type(called[0]) is measurement.Options
+        if name == "tabular":
+            assert called[0].data == "census-income.test.gz"
+            assert called[0].parts == ("latency", "training")
 
 
 def test_wrapped_help_of_an_option_is_whole(capsys):
