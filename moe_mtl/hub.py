@@ -298,8 +298,8 @@ class Checkpoint:
         verify_manifest(self.folder, weights=hash_weights)
 
     @cached_property
-    def num_parameters(self) -> int:
-        """Elements of all tensors together."""
+    def num_elements(self) -> int:
+        """Elements of all tensors together: parameters, and buffers that are saved."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     def check(self, expected: Mapping[str, Sequence[int]]) -> None:

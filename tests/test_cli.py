@@ -464,6 +464,18 @@ def test_extract(trained: Path, rows: Path, tmp_path: Path, capsys: pytest.Captu
     assert all(np.allclose(a[name], b[name], rtol=0, atol=1e-6) for name in a)
 
 
+def test_extract_folds_batch_norms(tmp_path: Path) -> None:
+    rows = load("digits").test
+    answers = []
+    for fold in ([], ["--fold"]):
+        output = tmp_path / f"digit{len(fold)}"
+        assert run("extract", "home-digits", "digit", "--output", output, *fold) == 0
+        model = AutoModelForMultiTask.from_pretrained(output)
+        assert model.config.batch_norm is not bool(fold)
+        answers.append(model(**TabularProcessor.from_pretrained(output)(rows, labels=False)).logits["digit"])
+    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
+
+
 def test_extract_refuses(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     output = tmp_path / "small"
     assert "unknown task 'odd'" in fails(capsys, "extract", trained, "odd", "--output", output)

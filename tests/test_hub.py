@@ -120,7 +120,7 @@ def test_read(request, kind):
     checkpoint = Checkpoint(request.getfixturevalue(kind))
     assert checkpoint.shapes == {"trunk.weight": (4, 3), "towers.ctr.bias": (2,)}
     assert checkpoint.dtypes == {"trunk.weight": "F32", "towers.ctr.bias": "F32"}
-    assert checkpoint.num_parameters == 14
+    assert checkpoint.num_elements == 14
     assert checkpoint.bytes_read == 0
     assert torch.equal(checkpoint.read("towers.ctr.bias"), TENSORS["towers.ctr.bias"])
     assert checkpoint.bytes_read == 2 * 4

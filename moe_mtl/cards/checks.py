@@ -104,13 +104,13 @@ def _check_record(folder: Path, record: dict[str, Any], config: dict[str, Any]) 
         "sha256": file_sha256(folder / WEIGHTS),
         "bytes": (folder / WEIGHTS).stat().st_size,
         "tensors": len(checkpoint.shapes),
-        "elements": checkpoint.num_parameters,
+        "elements": checkpoint.num_elements,
     }
     for key, value in record["weights"].items():
         if found[key] != value:
             problems.append(f"{WEIGHTS} is not that of {RECORD}: expected {key} {value}, found {found[key]}")
-    if this_row(record)["parameters"] > checkpoint.num_parameters:
-        problems.append(f"{RECORD} counts more parameters than {WEIGHTS} holds, {checkpoint.num_parameters:,}")
+    if this_row(record)["parameters"] > checkpoint.num_elements:
+        problems.append(f"{RECORD} counts more parameters than {WEIGHTS} holds, {checkpoint.num_elements:,}")
     return problems
 
 

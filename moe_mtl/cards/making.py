@@ -98,7 +98,7 @@ def make(
             "sha256": file_sha256(best / WEIGHTS),
             "bytes": (best / WEIGHTS).stat().st_size,
             "tensors": len(checkpoint.shapes),
-            "elements": checkpoint.num_parameters,
+            "elements": checkpoint.num_elements,
         },
         "rows": rows,
         "single_task_cost": {task.name: cost(model, task.name) | _experts_of(model, task.name) for task in tasks},

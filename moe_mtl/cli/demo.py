@@ -118,7 +118,7 @@ def _predict(full: Any, small: Path, rows: Path, answers: Path) -> float:
 
     from ..data import open_source
     from ..training.predict import predict, predict_file
-    from ._saved import batch_size_of
+    from ..training.saved import batch_size_of
 
     batch_size = batch_size_of(small)
     done = predict_file(small, rows, answers, batch_size=batch_size)

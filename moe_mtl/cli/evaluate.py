@@ -26,7 +26,7 @@ def configure(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from ..hub import resolve
     from ..training.recipe import load_recipe
-    from ._saved import recipe_of
+    from ..training.saved import recipe_of
 
     if arguments.data and (arguments.split or arguments.recipe or arguments.overrides):
         raise UsageError("--data measures files: it goes with neither --split, --recipe nor keys of a recipe")
@@ -56,7 +56,7 @@ def _on_files(folder: Any, files: list[str]) -> Any:
     from ..data import TabularProcessor, TensorTable
     from ..models import AutoModelForMultiTask
     from ..training.evaluation import evaluate_table
-    from ._saved import batch_size_of
+    from ..training.saved import batch_size_of
 
     processor = TabularProcessor.from_pretrained(folder)
     rows = TensorTable(processor(files))

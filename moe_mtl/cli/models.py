@@ -43,13 +43,10 @@ def _parameters(folder: Path, config: dict[str, Any]) -> int:
         from ..cards.record import this_row
 
         return this_row(record)["parameters"]
-    import torch
-
     from ..models import model_class
 
     cls = model_class(config["model_type"])
-    with torch.device("meta"):
-        return cls(cls.config_class.from_dict(config)).num_parameters()
+    return cls.count_parameters(cls.config_class.from_dict(config))
 
 
 def _test(folder: Path) -> list[str]:

@@ -27,7 +27,7 @@ def configure(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from ..hub import resolve
-    from ._saved import batch_size_of
+    from ..training.saved import batch_size_of
 
     if arguments.keep and not arguments.output:
         raise UsageError("--keep writes columns into a file: it needs --output")

@@ -183,7 +183,7 @@ class MultiTaskModel(PreTrainedModel):
                 `state_dict`.
             tasks: read and build only what these tasks need.
             config: instead of the folder's.
-            state_dict: instead of the folder's weights; held to the same checks.
+            state_dict: instead of the folder's weights; held to the same checks. An empty one starts the model anew.
             ignore_mismatched_sizes: initialise anew what is missing or of another shape, as transformers does, and
                 leave out what is superfluous. Values are still checked.
             kwargs: as in `PreTrainedModel.from_pretrained` (dtype, device_map, ...).
@@ -248,7 +248,7 @@ class MultiTaskModel(PreTrainedModel):
     ) -> Self:
         """A model from tensors in memory, checked like those of a file."""
         expected = {name: tuple(tensor.shape) for name, tensor in cls._on_meta(config).state_dict().items()}
-        if not ignore_mismatched_sizes:
+        if state_dict and not ignore_mismatched_sizes:
             hub.check_shapes(expected, {name: tuple(t.shape) for name, t in state_dict.items()}, "the state_dict given")
         for name, tensor in state_dict.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -335,6 +335,11 @@ class MultiTaskModel(PreTrainedModel):
         if size > MAX_PARAMETERS:
             raise ValueError(f"config declares {size:,} parameters; at most {MAX_PARAMETERS:,} are loaded")
         return model
+
+    @classmethod
+    def count_parameters(cls, config: MultiTaskConfig) -> int:
+        """Parameters of the model of `config`, without building it in memory."""
+        return sum(parameter.numel() for parameter in cls._on_meta(config).parameters())
 
     def fold_for_inference(self) -> Self:
         """Absorbs what is constant after training (batch norms) into the weights, in place; returns the model."""

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from ..data.tensors import TensorTable
 from ..layers.experts import ExpertBank
+from ..layers.gates import DSelectKGate
 from ..outputs import Routing
 from .evaluation import model_inputs
 
@@ -30,7 +31,7 @@ class ExpertHealth(TrainerCallback):
     """After each evaluation, on one batch: entropy and utilisation per layer and gate, dead units per expert.
 
     The numbers go where the trainer reports to (`routing/<layer>/<gate>/entropy`, ...); collapse is a warning, once
-    per case.
+    per case, and so are static DSelect-k gates that have not decided when training ends.
 
     Args:
         table: validation rows; the first `rows` of them are used.
@@ -45,11 +46,28 @@ class ExpertHealth(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         routing = read_routing(model, self.batch)
         if self.report is not None:
-            self.report(routing_numbers(routing))
+            decided = {f"routing/{name}/saturated": share for name, share in saturation(model).items()}
+            self.report(routing_numbers(routing) | decided)
         for key, message in (*routing_problems(routing), *identical_experts(model)):
             if key not in self.warned:
                 self.warned.add(key)
                 warnings.warn(f"step {state.global_step}: {message}", stacklevel=2)
+
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        undecided = [name for name, share in saturation(model).items() if share < 1]
+        if undecided:
+            warnings.warn(
+                f"{len(undecided)} of the DSelect-k gates have not decided ({', '.join(undecided[:4])}): a single task "
+                "still needs experts that they hardly use; train longer or with a greater entropy_weight",
+                stacklevel=2,
+            )
+
+
+def saturation(model: nn.Module) -> dict[str, float]:
+    """Share of selector bits that are final, per static DSelect-k gate; 1 once it has chosen its experts for good."""
+    gates = ((name, gate) for name, gate in model.named_modules() if isinstance(gate, DSelectKGate))
+    return {name: float(gate.saturated()) for name, gate in gates if gate.static}
 
 
 @torch.no_grad()

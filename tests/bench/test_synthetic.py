@@ -19,6 +19,16 @@ def test_models_have_the_papers_sizes_and_about_as_many_parameters():
     assert abs(counts["omoe"] - 100 * 8 - counts["shared_bottom"]) / counts["shared_bottom"] < 0.02
 
 
+def test_all_layers_of_all_models_start_alike():
+    for name in ("shared_bottom", "omoe", "mmoe"):
+        for key, parameter in build(name, 100).named_parameters():
+            if "bias" in key:
+                assert not parameter.any(), key
+            else:
+                bound = (6 / sum(parameter.shape[-2:])) ** 0.5
+                assert 0.5 * bound < float(parameter.detach().abs().max()) <= bound, key
+
+
 def test_a_draw_keeps_its_inputs_and_sines_at_every_correlation():
     near, far = draw(1.0, TINY), draw(0.0, TINY)
     assert torch.equal(near.train[0], far.train[0])
@@ -64,6 +74,17 @@ def test_the_study_reports_paired_differences(tmp_path, capsys):
             float((torch.tensor(own["by_draw"]) / torch.tensor(theirs["by_draw"])).log().mean()), rel=1e-3, abs=1e-6
         )
         assert gap["worse_in"] == int((pairs > 0).sum())
+    assert set(result["gaps"]) == {"shared_bottom", "omoe"}
+    for name, gap in result["gaps"].items():
+        near, far = (
+            torch.tensor([row["models"][model]["by_draw"] for model in (name, "mmoe")]).double()
+            for row in result["correlations"]
+        )
+        growth = (far[0] - far[1]) - (near[0] - near[1])
+        assert gap["difference"]["growth"]["mean"] == pytest.approx(float(growth.mean()))
+        assert gap["difference"]["growth"]["standard_error"] == pytest.approx(float(growth.std() / 2**0.5))
+        growth = (far[0] / far[1]).log() - (near[0] / near[1]).log()
+        assert gap["log_ratio"]["growth"]["mean"] == pytest.approx(float(growth.mean()), abs=1e-9)
     printed = capsys.readouterr().out
     assert "shared_bottom - mmoe" in printed
     assert "the paper's ordering" in printed

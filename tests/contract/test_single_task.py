@@ -93,8 +93,8 @@ def test_reading_one_task_from_disk_reads_only_that(
     checkpoints: list[hub.Checkpoint] = []
 
     class Counted(hub.Checkpoint):
-        def __init__(self, folder: Path) -> None:
-            super().__init__(folder)
+        def __init__(self, folder: Path, **options: bool) -> None:
+            super().__init__(folder, **options)
             checkpoints.append(self)
 
     monkeypatch.setattr(hub, "Checkpoint", Counted)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from moe_mtl.layers.gates import DSelectKGate
 from moe_mtl.outputs import Routing
 from moe_mtl.training.callbacks import (
     ExpertHealth,
@@ -13,6 +14,7 @@ from moe_mtl.training.callbacks import (
     read_routing,
     routing_numbers,
     routing_problems,
+    saturation,
 )
 
 
@@ -107,3 +109,22 @@ def test_progress_shows_losses_on_a_terminal_and_nothing_elsewhere(make_model, m
             assert "auc=0." in shown
         else:
             assert shown == ""
+
+
+def test_gates_that_have_not_decided_are_told_of_at_the_end(make_model, make_table):
+    model = make_model("mmoe", gate="dselect_k")
+    seen = []
+    health = ExpertHealth(make_table(), seen.append)
+    state = SimpleNamespace(global_step=7)
+    names = [name for name, module in model.named_modules() if isinstance(module, DSelectKGate)]
+    assert saturation(model) == dict.fromkeys(names, 0.0)
+    with pytest.warns(UserWarning, match=f"{len(names)} of the DSelect-k gates have not decided .{names[0]}"):
+        health.on_train_end(None, state, None, model=model)
+    with torch.no_grad():
+        for name in names:
+            model.get_submodule(name).bits.fill_(0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        health.on_train_end(None, state, None, model=model)
+        health.on_evaluate(None, state, None, model=model)
+    assert {seen[0][f"routing/{name}/saturated"] for name in names} == {1.0}
