@@ -68,7 +68,9 @@ class ExpertBank(nn.Module):
 
     def forward(self, x_BD: Tensor) -> Tensor:
         """`[B, D] -> [E, B, H]` (a view; its memory may be laid out `[B, E, H]`)."""
-        (weight_EOI, *weights), (bias_EO, *biases) = self.weights, self.biases
+        # Not the lists themselves: to iterate over one takes as long as to multiply a row by a layer.
+        weight_EOI, *weights = self.weights._parameters.values()
+        bias_EO, *biases = self.biases._parameters.values()
         hidden = F.linear(x_BD, weight_EOI.flatten(0, 1), bias_EO.flatten())
         if self.norm is not None and not weights:
             hidden = self.norm(hidden)
@@ -99,8 +101,9 @@ class ExpertBank(nn.Module):
         self.norm = None
 
 
-# ATen multiplies batches of matrices smaller than this with a plain loop.
+# ATen multiplies batches of matrices smaller than this with a plain loop, which is the best there is for few of them.
 SMALL_PRODUCT = 400
+FEW_ROWS = 16
 
 
 def mix(weights_BE: Tensor, experts: Sequence[Tensor]) -> Tensor:
@@ -115,7 +118,7 @@ def mix(weights_BE: Tensor, experts: Sequence[Tensor]) -> Tensor:
     """
     hidden_EBH = torch.cat(list(experts)) if len(experts) > 1 else experts[0]
     num_experts, rows, width = hidden_EBH.shape
-    if num_experts * width < SMALL_PRODUCT and not torch.compiler.is_compiling() and rows > 64:
+    if num_experts * width < SMALL_PRODUCT and not torch.compiler.is_compiling() and rows > FEW_ROWS:
         out_BH = hidden_EBH[0] * weights_BE[:, :1]
         for expert in range(1, num_experts):
             out_BH = torch.addcmul(out_BH, hidden_EBH[expert], weights_BE[:, expert : expert + 1])
