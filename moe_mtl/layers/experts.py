@@ -68,9 +68,8 @@ class ExpertBank(nn.Module):
 
     def forward(self, x_BD: Tensor) -> Tensor:
         """`[B, D] -> [E, B, H]` (a view; its memory may be laid out `[B, E, H]`)."""
-        # Not the lists themselves: to iterate over one takes as long as to multiply a row by a layer.
-        weight_EOI, *weights = self.weights._parameters.values()
-        bias_EO, *biases = self.biases._parameters.values()
+        weight_EOI, *weights = _tensors(self.weights)
+        bias_EO, *biases = _tensors(self.biases)
         hidden = F.linear(x_BD, weight_EOI.flatten(0, 1), bias_EO.flatten())
         if self.norm is not None and not weights:
             hidden = self.norm(hidden)
@@ -99,6 +98,11 @@ class ExpertBank(nn.Module):
         self.weights[-1].mul_(scale_EO.unsqueeze(-1))
         self.biases[-1].copy_((self.biases[-1] - mean_EO) * scale_EO + shift_EO)
         self.norm = None
+
+
+def _tensors(parameters: nn.ParameterList) -> list[Tensor]:
+    """What the list holds. To iterate over the list itself takes as long as to multiply a row by a layer."""
+    return [parameter for parameter in parameters._parameters.values() if parameter is not None]
 
 
 # ATen multiplies batches of matrices smaller than this with a plain loop, which is the best there is for few of them.

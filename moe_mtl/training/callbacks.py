@@ -53,7 +53,6 @@ class ExpertHealth(TrainerCallback):
                 self.warned.add(key)
                 warnings.warn(f"step {state.global_step}: {message}", stacklevel=2)
 
-
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         undecided = [name for name, share in saturation(model).items() if share < 1]
         if undecided:

@@ -75,7 +75,7 @@ class CommonTests(ModelTesterMixin):
     test_resize_embeddings = False
     test_can_init_all_missing_weights_before_2023 = True  # else upstream skips what has no line of copyright
 
-    def setUp(self) -> None:  # noqa: N802 - unittest's name
+    def setUp(self) -> None:
         torch.manual_seed(0)
         self.model_tester = ModelTester(self.model_type)
         config = _config(self.model_type)
@@ -87,7 +87,7 @@ class CommonTests(ModelTesterMixin):
             **{field.name: getattr(config, field.name) for field in zoo.own_fields(type(config))},
         )
 
-    def subTest(self, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager:  # noqa: N802 - unittest's name
+    def subTest(self, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager:
         """One report per test: upstream opens a sub-test per parameter, and pytest reports each."""
         return contextlib.nullcontext()
 
