@@ -179,7 +179,21 @@ def _comparison(record: Mapping[str, Any]) -> str:
         "Difference to each baseline on the same test rows: paired bootstrap, "
         f"{bootstrap['resamples']:,} resamples of the rows, seeds averaged, {bootstrap['confidence']:.0%} interval."
     )
-    return f"{text}\n\n{table(['baseline', 'difference', 'interval', 'verdict'], rows)}"
+    told = "\n".join(f"- {line}" for line in _verdicts(record))
+    return f"{text}\n\n{table(['baseline', 'difference', 'interval', 'verdict'], rows)}\n\n{told}"
+
+
+def _verdicts(record: Mapping[str, Any]) -> list[str]:
+    """Per baseline a sentence, what is lost first."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for entry in record["comparison"]:
+        found.setdefault(entry["baseline"], {}).setdefault(verdict(entry), []).append(entry["task"])
+    kinds = {"worse": "worse on", "no difference shown": "not shown to differ on", "better": "better on"}
+    lines = []
+    for baseline, by_kind in found.items():
+        told = "; ".join(f"{words} {', '.join(by_kind[kind])}" for kind, words in kinds.items() if kind in by_kind)
+        lines.append(f"Against {_ROLES.get(baseline, baseline)}: {told}.")
+    return lines
 
 
 def verdict(entry: Mapping[str, Any]) -> str:
