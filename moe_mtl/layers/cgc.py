@@ -43,14 +43,15 @@ class CGCLevel(nn.Module):
     ):
         super().__init__()
         self.name, self.groups, self.output_dim = name, tuple(groups), dims[-1]
+        self.sees = {output: self.seen_by(output) for output in outputs}
         sizes = dict.fromkeys(groups, num_specific) | {SHARED: num_shared}
         self.experts = nn.ModuleDict(
             {group: ExpertBank(size, input_dim, dims, activation, dropout) for group, size in sizes.items()}
         )
         self.gates = nn.ModuleDict(
             {
-                output: SoftmaxGate(input_dim, sum(sizes[group] for group in self.seen_by(output)), gate_dropout)
-                for output in outputs
+                output: SoftmaxGate(input_dim, sum(sizes[group] for group in seen), gate_dropout)
+                for output, seen in self.sees.items()
             }
         )
 
@@ -71,9 +72,10 @@ class CGCLevel(nn.Module):
         Returns:
             Per output `[B, H]`, and the routing or None.
         """
-        groups = [group for group in (*self.groups, SHARED) if any(group in self.seen_by(o) for o in outputs)]
+        sees = {output: self.sees[output] for output in outputs}
+        seen = {group for groups in sees.values() for group in groups}
+        groups = [group for group in (*self.groups, SHARED) if group in seen]
         hidden = {group: self.experts[group](inputs[group]) for group in groups}
         weights = {output: self.gates[output](inputs[output])[0] for output in outputs}
-        sees = {output: self.seen_by(output) for output in outputs}
         mixed = mix_groups(weights, sees, hidden, together=self.training)
         return mixed, routing_of(self.name, weights, sees, hidden) if record else None

@@ -120,14 +120,26 @@ def mix(weights_BE: Tensor, experts: Sequence[Tensor]) -> Tensor:
     Returns:
         `[B, H]`.
     """
-    hidden_EBH = torch.cat(list(experts)) if len(experts) > 1 else experts[0]
-    num_experts, rows, width = hidden_EBH.shape
+    num_experts, (_, rows, width) = weights_BE.shape[1], experts[0].shape
     if num_experts * width < SMALL_PRODUCT and not torch.compiler.is_compiling() and rows > FEW_ROWS:
-        out_BH = hidden_EBH[0] * weights_BE[:, :1]
-        for expert in range(1, num_experts):
-            out_BH = torch.addcmul(out_BH, hidden_EBH[expert], weights_BE[:, expert : expert + 1])
+        first_BH, *others = (hidden_BH for hidden_EBH in experts for hidden_BH in hidden_EBH)
+        out_BH = first_BH * weights_BE[:, :1]
+        for number, hidden_BH in enumerate(others, start=1):
+            out_BH = torch.addcmul(out_BH, hidden_BH, weights_BE[:, number : number + 1])
         return out_BH
+    hidden_EBH = torch.cat(list(experts)) if len(experts) > 1 else experts[0]
     return torch.bmm(weights_BE.unsqueeze(1), hidden_EBH.transpose(0, 1)).squeeze(1)
+
+
+def mix_chosen(weights_BE: Tensor, hidden_EBH: Tensor) -> Tensor:
+    """`mix` for a gate that gives every row the same weights, most of them 0: over the experts that have one.
+
+    So the last bits of the sum do not depend on how many experts without a weight lie beside them.
+    """
+    chosen = weights_BE[0].nonzero().flatten()
+    if not len(chosen):
+        chosen = chosen.new_zeros(1)  # its weight is 0
+    return mix(weights_BE[:, chosen], [hidden_EBH[chosen]])
 
 
 def mix_groups(

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import field
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from ..layers.experts import ExpertBank, dead_units, expert_names, mix_groups
+from ..layers.experts import ExpertBank, dead_units, expert_names, mix_chosen, mix_groups
 from ..layers.gates import DSelectKGate, SoftmaxGate
 from ..outputs import Routing
 from ..tasks import SHARED
@@ -112,6 +113,7 @@ class MMoETrunk(nn.Module):
     def __init__(self, config: MMoEConfig, input_dim: int):
         super().__init__()
         self.kept = config.experts_kept
+        self.static = config.gate == "dselect_k" and config.gate_static
         stored = config.num_experts if self.kept is None else len(self.kept)
         self.experts = ExpertBank(stored, input_dim, config.expert_dims, config.activation, config.dropout)
         self.gates = nn.ModuleDict({name: config.build_gate(input_dim) for name in config.gate_names()})
@@ -129,7 +131,10 @@ class MMoETrunk(nn.Module):
             if loss is not None:
                 auxiliary = loss if auxiliary is None else auxiliary + loss
         sees = dict.fromkeys(weights, ("experts",))
-        mixed = mix_groups(weights, sees, {"experts": hidden_EBH}, together=self.training)
+        if self.static and not self.training and not torch.compiler.is_compiling():
+            mixed = {gate: mix_chosen(weights_BE, hidden_EBH) for gate, weights_BE in weights.items()}
+        else:
+            mixed = mix_groups(weights, sees, {"experts": hidden_EBH}, together=self.training)
         routing: tuple[Routing, ...] = ()
         if record:
             names = expert_names("experts", len(hidden_EBH))

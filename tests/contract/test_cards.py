@@ -69,6 +69,14 @@ def test_each_task_alone_answers_the_same_bits(name: str) -> None:
             assert read.num_parameters() < model.num_parameters()
 
 
+@pytest.mark.parametrize("name", [name for name in CARDS if name.startswith("dselect-k")])
+def test_each_task_keeps_at_most_k_experts(name: str) -> None:
+    model = AutoModelForMultiTask.from_pretrained(name)
+    for task in model.tasks:
+        kept = model.extract_task(task).config.experts_kept
+        assert 1 <= len(kept) <= model.config.num_selected
+
+
 @pytest.mark.parametrize("name", [name for name in CARDS if name.endswith("-digits")])
 def test_the_weights_are_those_that_were_measured(name: str) -> None:
     record = load_record(hub.zoo()[name])
