@@ -446,7 +446,7 @@ def test_extract(trained: Path, rows: Path, tmp_path: Path, capsys: pytest.Captu
     full = AutoModelForMultiTask.from_pretrained(trained)
     assert told["tasks"] == AutoModelForMultiTask.from_pretrained(small).tasks == ["digit", "holes"]
     assert told["parameters"] == cost(full, ["digit", "holes"]).touched < told["parameters_of_all"]
-    assert Checkpoint(small).num_parameters == told["parameters"]
+    assert Checkpoint(small).num_elements == told["parameters"]
     assert list(TabularProcessor.from_pretrained(small).labels) == ["digit", "holes"]
     # It needs no other label, and remembers where its rows came from.
     assert run("evaluate", small, "--json") == 0

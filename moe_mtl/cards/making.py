@@ -80,7 +80,8 @@ def make(
     model, _ = load_trained(best)
     seeds = own.card.seeds
     rows = [
-        variant.row | _cost_of(trained[variant.model][0]) | {"metrics": _metrics(trained[variant.model])}
+        # Of the shipped seed: how many experts a task keeps may depend on what was learnt.
+        variant.row | _cost_of(trained[variant.model][shipped]) | {"metrics": _metrics(trained[variant.model])}
         for variant in chosen
     ]
     checkpoint = Checkpoint(best)
