@@ -25,6 +25,7 @@ SKIPPED = {
 SMALLER = {
     "moe-mtl train": "--train.epochs 1 --model.num_experts 2 --model.expert_dims [4]",
     "moe-mtl bench synthetic": "--draws 2 --rows 256 --learning-rates 1e-3",
+    "moe-mtl bench kernels": "--shapes 0 --rounds 1 --slice-seconds 0",
 }
 
 
