@@ -6,11 +6,9 @@ products of as many operations. Times are medians over rounds; ratios are median
 Shapes: `N` tokens, `D` width, `H` hidden width, `E` experts, `K` experts chosen per token.
 """
 
-import json
-import sys
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +18,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import moe_mtl.ops  # noqa: F401 - registers our experts function
 
-from ..files import write_atomically
-from .report import aligned
-from .timing import alternate
+from .report import aligned, to_stderr, write
+from .timing import alternate, torch_threads
 
 PEERS = ("eager", "grouped_mm", "batched_mm")
 OURS = "moe_mtl"
@@ -87,19 +84,12 @@ def run(options: Options, progress: Callable[[str], None] = lambda line: None) -
         as JSON types: one row per dtype, shape and part, with each contender's median seconds and its time as a
         multiple of ours.
     """
-    before = torch.get_num_threads()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     rows = []
-    try:
-        for dtype in options.dtypes:
-            for place in options.shapes:
-                for part in options.parts:
-                    rows.append(_row(dtype, GRID[place], part, options))
-                    progress(f"{dtype} {GRID[place]} {part}: done")
-    finally:
+    with torch_threads(options.threads):
         threads = torch.get_num_threads()
-        torch.set_num_threads(before)
+        for dtype, place, part in itertools.product(options.dtypes, options.shapes, options.parts):
+            rows.append(_row(dtype, GRID[place], part, options))
+            progress(f"{dtype} {GRID[place]} {part}: done")
     result = {
         "bench": "kernels",
         "options": asdict(options),
@@ -107,16 +97,13 @@ def run(options: Options, progress: Callable[[str], None] = lambda line: None) -
         "threads": threads,
         "rows": rows,
     }
-    if options.output is not None:
-        folder = Path(options.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "kernels.json", json.dumps(result, indent=1) + "\n")
+    write(result, options.output)
     return result
 
 
 def main(options: Options) -> dict[str, Any]:
     """`run`, with steps on standard error and the table on standard output."""
-    result = run(options, lambda line: print(line, file=sys.stderr, flush=True))
+    result = run(options, to_stderr)
     print(table(result))
     return result
 

@@ -2,8 +2,29 @@
 
 import importlib.util
 import io
-from collections.abc import Sequence
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from ..files import write_atomically
+
+
+def write(result: Mapping[str, Any], output: str | None, drawing: bytes | None = None) -> None:
+    """`<bench>.json`, and `<bench>.svg` where there is a drawing, into the folder `output`; nothing without one."""
+    if output is None:
+        return
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / f"{result['bench']}.json", json.dumps(result, indent=1) + "\n")
+    if drawing is not None:
+        write_atomically(folder / f"{result['bench']}.svg", drawing)
+
+
+def to_stderr(line: str) -> None:
+    """A step of a measurement that prints its table on standard output."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def table(result: dict[str, Any]) -> str:

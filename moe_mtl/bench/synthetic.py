@@ -13,13 +13,10 @@ larger than its towers.
 Shapes: `N` draws, `B` rows, `D` features, `T` tasks.
 """
 
-import json
 import math
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,10 +25,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from ..data import load
-from ..files import write_atomically
 from ..models import model_class
 from ..models._tabular import TabularModel
-from .report import aligned, curves
+from .report import aligned, curves, to_stderr, write
+from .timing import torch_threads
 
 EXPERTS = {"num_experts": 8, "expert_dims": [16]}
 TOWER_DIMS = [8]
@@ -184,10 +181,7 @@ def run(options: Options, progress: Callable[[str], None] = lambda line: None) -
         draw, and per pair of models the mean difference with its standard error; and `gaps`, how each model's lag on
         MMoE grows from the highest to the lowest correlation.
     """
-    before = torch.get_num_threads()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    try:
+    with torch_threads(options.threads):
         rows = []
         for correlation in options.correlations:
             draws = draw(correlation, options)
@@ -210,8 +204,6 @@ def run(options: Options, progress: Callable[[str], None] = lambda line: None) -
                 progress(f"correlation {correlation}: {name} {row['models'][name]['test']['mean']:.5f}")
             row["differences"] = _differences({name: found["by_draw"] for name, found in row["models"].items()})
             rows.append(row)
-    finally:
-        torch.set_num_threads(before)
     result = {
         "bench": "synthetic",
         "options": {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(options).items()},
@@ -223,18 +215,13 @@ def run(options: Options, progress: Callable[[str], None] = lambda line: None) -
             if name != "mmoe" and "mmoe" in options.models and len(rows) > 1
         },
     }
-    if options.output is not None:
-        folder = Path(options.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "synthetic.json", json.dumps(result, indent=1) + "\n")
-        if (drawing := curves(result)) is not None:
-            write_atomically(folder / "synthetic.svg", drawing)
+    write(result, options.output, curves(result))
     return result
 
 
 def main(options: Options) -> dict[str, Any]:
     """`run`, with steps on standard error and the table on standard output."""
-    result = run(options, lambda line: print(line, file=sys.stderr, flush=True))
+    result = run(options, to_stderr)
     print(table(result))
     return result
 

@@ -5,9 +5,7 @@ each figure stands its floor: the time of the bare matrix products in the faster
 training.
 """
 
-import json
 import platform
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,12 +13,11 @@ from typing import Any
 
 import torch
 
-from ..files import write_atomically
 from .contenders import Contender, Rows, contenders
 from .memory import peak_memory
-from .report import plot, table
+from .report import plot, table, to_stderr, write
 from .rows import CATEGORIES, NUM_NUMERIC, NUM_ROWS, census_rows, first, generated_rows
-from .timing import Timing, alternate
+from .timing import Timing, alternate, torch_threads
 from .work import Shape, floor_calls
 
 PARTS = ("latency", "training", "memory")
@@ -90,10 +87,7 @@ def run(options: Options, progress: Callable[[str], None] = lambda line: None) -
     Raises:
         ValueError, DataError, FileNotFoundError: data that cannot be read.
     """
-    before = torch.get_num_threads()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    try:
+    with torch_threads(options.threads):
         found, versions = contenders(options.compile)
         result: dict[str, Any] = {
             "bench": "tabular",
@@ -105,20 +99,13 @@ def run(options: Options, progress: Callable[[str], None] = lambda line: None) -
         for part, measure in (("latency", _latency), ("training", _training), ("memory", _memory)):
             if part in options.parts:
                 result[part] = measure(options, found, progress)
-    finally:
-        torch.set_num_threads(before)
-    if options.output is not None:
-        folder = Path(options.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "tabular.json", json.dumps(result, indent=1) + "\n")
-        if (drawing := plot(result)) is not None:
-            write_atomically(folder / "tabular.svg", drawing)
+    write(result, options.output, plot(result))
     return result
 
 
 def main(options: Options) -> dict[str, Any]:
     """`run`, with steps on standard error and the tables on standard output."""
-    result = run(options, lambda line: print(line, file=sys.stderr, flush=True))
+    result = run(options, to_stderr)
     print(table(result))
     return result
 

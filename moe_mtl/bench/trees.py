@@ -8,8 +8,6 @@ moe-mtl bench trees --path census-income.test.gz --model mmoe-census-income-half
 moe-mtl cards build mmoe-census-income-half ple-census-income-half --external out/trees.json
 """
 
-import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,10 +19,9 @@ import numpy as np
 from ..cards.bootstrap import auc_statistic, paired_bootstrap
 from ..data import load
 from ..data.processor import TabularProcessor
-from ..files import write_atomically
 from ..hub import WEIGHTS, file_sha256, resolve
 from ..models import AutoModelForMultiTask
-from .report import aligned
+from .report import aligned, to_stderr, write
 
 LEAVES = (15, 31, 63)
 RATES = (0.03, 0.1)
@@ -137,16 +134,13 @@ def run(options: Options, progress: Callable[[str], None] = lambda line: None) -
 
         judged = {name: found[task][None] for name, found in model_scores.items() if task in found}
         result["tasks"][task], result["scores"][task] = _measured(labels["test"], scores, judged, seconds)
-    if options.output is not None:
-        folder = Path(options.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "trees.json", json.dumps(result, indent=2) + "\n")
+    write(result, options.output)
     return result
 
 
 def main(options: Options) -> dict[str, Any]:
     """`run`, with steps on standard error and the table on standard output."""
-    result = run(options, lambda line: print(line, file=sys.stderr, flush=True))
+    result = run(options, to_stderr)
     print(table(result))
     return result
 

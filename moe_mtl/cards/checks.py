@@ -7,11 +7,12 @@ from typing import Any
 
 from ..files import CheckpointError, ModelNotFoundError, UnsafeFileError
 from ..hub import CONFIG, MANIFEST, PICKLES, WEIGHTS, Checkpoint, file_sha256, read_config, zoo, zoo_folder
+from ..training.saved import RECIPE
 from .page import PAGE, PROMPT, RESULTS, ZOO, index_pages, render, replace_block
-from .record import RECORD, RESOLVED, load_record, this_row
+from .record import RECORD, load_record, this_row
 
 MAX_BYTES = 2_000_000
-FILES = (PAGE, CONFIG, "preprocessor_config.json", WEIGHTS, RECORD, RESOLVED, MANIFEST)
+FILES = (PAGE, CONFIG, "preprocessor_config.json", WEIGHTS, RECORD, RECIPE, MANIFEST)
 # In prose, a decimal is a result without a record. These are none: code, links, and the names of licences.
 _NO_RESULTS = re.compile(
     r"^```.*?^```|`[^`\n]+`|https?://[^\s)>]+|doi:\S+|arXiv:\S+|CC BY(?:-SA)? 4\.0|Apache-2\.0", re.S | re.M
@@ -123,11 +124,11 @@ def _check_recipe(folder: Path, record: dict[str, Any]) -> list[str]:
         current = recipe_sha256(load_recipe(name))
         if current != recorded:
             problems.append(f"the recipe {name} changed since the record was made: {recorded[:12]}, now {current[:12]}")
-    resolved = load_recipe(folder / RESOLVED)
+    resolved = load_recipe(folder / RECIPE)
     if recipe_sha256(resolved) != record["recipe_sha256"]:
-        problems.append(f"{RESOLVED} is not the recipe of {RECORD}")
+        problems.append(f"{RECIPE} is not the recipe of {RECORD}")
     if resolved.data.path is not None:
-        problems.append(f"{RESOLVED}: expected no data.path, found {resolved.data.path!r}")
+        problems.append(f"{RECIPE}: expected no data.path, found {resolved.data.path!r}")
     return problems
 
 

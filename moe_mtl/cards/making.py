@@ -9,11 +9,12 @@ from typing import Any
 from ..files import staged_folder
 from ..hub import CONFIG, WEIGHTS, Checkpoint, file_sha256, write_manifest, zoo_folder
 from ..training.recipe import load_recipe
+from ..training.saved import RECIPE
 from .bootstrap import paired_bootstrap
 from .environment import hardware, packages
 from .external import compared, external_rows, kept_rows, write_record
 from .page import PAGE, build_index, prose_of, render
-from .record import LOWER_IS_BETTER, RECORD, RESOLVED, load_record, measure, record_problems
+from .record import LOWER_IS_BETTER, RECORD, load_record, measure, record_problems
 from .variants import Trained, answer, canonical, cost, load_trained, measured_tasks, statistics, train, variants
 
 RESAMPLES, CONFIDENCE = 1000, 0.95
@@ -131,9 +132,9 @@ def write_card(record: dict[str, Any], trained: Path) -> Path:
         for name in (CONFIG, "preprocessor_config.json", WEIGHTS):
             shutil.copyfile(trained / name, folder / name)
         # Without the path: where the rows lay is nobody's business, and elsewhere on the reader's machine.
-        resolved = load_recipe(trained / RESOLVED)
+        resolved = load_recipe(trained / RECIPE)
         resolved.data.path = None
-        (folder / RESOLVED).write_text(resolved.to_yaml(), encoding="utf-8")
+        (folder / RECIPE).write_text(resolved.to_yaml(), encoding="utf-8")
         write_record(folder, record)
         (folder / PAGE).write_text(render(folder, prose), encoding="utf-8")
         write_manifest(folder)

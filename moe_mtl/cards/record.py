@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json
+from ..training.saved import RECORD
 
-RECORD, RESOLVED = "results.json", "recipe.resolved.yaml"
 BUDGETS = ("ci", "nightly")
 LOWER_IS_BETTER = {"log_loss", "rmse", "mae"}
 SAME_DIGITS = 1e-4  # what a repetition may be off by where packages and processor are the record's

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..files import read_json
 from ..hub import recipes_folder
 from ..training.recipe import Recipe, RecipeError, find_recipe, load_recipe, recipe_sha256
+from ..training.saved import METRICS
 from .bootstrap import Statistic, auc_statistic, mean_statistic
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from ..tasks import Task
 
 Metrics = dict[str, dict[str, float]]
-METRICS = "metrics.json"  # the last file of a run to appear
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What all models share: tasks in the config, loading, the single-task path, the registry."""
 
 import copy
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -222,11 +223,11 @@ class MultiTaskModel(PreTrainedModel):
         if state_dict is not None:
             return cls._from_state(config, state_dict, ignore_mismatched_sizes, model_args, kwargs, origin)
         checkpoint = hub.Checkpoint(folder, hash_weights=tasks is None)
-        full = cls._on_meta(config)
-        names = full.state_dict()
         if ignore_mismatched_sizes:
             state = {name: checkpoint.read(name) for name in checkpoint.shapes}
             return cls._from_state(config, state, True, model_args, kwargs, origin)
+        full = cls._on_meta(config)
+        names = full.state_dict()
         checkpoint.check({name: tuple(tensor.shape) for name, tensor in names.items()})
         if tasks is not None:
             config = config.for_tasks(check_task_names(tasks, config.task_names), checkpoint.read)
@@ -278,6 +279,8 @@ class MultiTaskModel(PreTrainedModel):
         repo_id = kwargs.pop("repo_id", folder.name)
         with replaced_files(folder, hub.WEIGHT_FILES) as staging, _no_progress_bar():
             super().save_pretrained(staging, *args, **kwargs)
+            for path in staging.glob("*.safetensors"):  # safetensors leaves its files private to the user
+                shutil.copymode(staging / hub.CONFIG, path)
         if (folder / hub.MANIFEST).exists():
             hub.write_manifest(folder)
         if push_to_hub:

@@ -34,15 +34,14 @@ def gated(activation: Activation) -> Activation:
     return apply
 
 
+GATED: dict[str, Activation] = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
 ACTIVATIONS: dict[str, Activation] = {
     "relu": F.relu,
     "relu2": lambda pre_SH: F.relu(pre_SH).square(),
     "gelu": F.gelu,
     "gelu_tanh": lambda pre_SH: F.gelu(pre_SH, approximate="tanh"),
     "silu": F.silu,
-    "swiglu": gated(F.silu),
-    "geglu": gated(F.gelu),
-    "reglu": gated(F.relu),
+    **{name: gated(activation) for name, activation in GATED.items()},
 }
 
 
@@ -80,9 +79,11 @@ def expert_mlp(
     if act is None:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)} or a function, found {activation!r}")
     _check(x_ND, w_up_EPD, w_down_EOH, indices_NK, weights_NK, b_up_EP, b_down_EO)
-    made = act(torch.empty(1, w_up_EPD.shape[1], device="meta")).shape[-1]
-    if made != w_down_EOH.shape[2]:
-        raise ValueError(f"w_down: expected [E, O, {made}], as the activation makes {made} of {w_up_EPD.shape[1]}")
+    if isinstance(activation, str):  # what a function makes of a row only running it would tell
+        wide = w_up_EPD.shape[1]
+        made = wide // 2 if activation in GATED else wide
+        if made != w_down_EOH.shape[2] or (activation in GATED and wide % 2):
+            raise ValueError(f"w_down: expected [E, O, {made}], as {activation} makes {made} of {wide}")
     backend = "grouped" if backend is None else backend
     if backend == "torch":
         return _loop(x_ND, w_up_EPD, w_down_EOH, indices_NK, weights_NK, act, b_up_EP, b_down_EO)
@@ -241,9 +242,8 @@ def _grouped_linear(x_SD: Tensor, w_EPD: Tensor, b_EP: Tensor | None, plan: Rout
 
 def _grouped_mm(x_SD: Tensor, w_EDP: Tensor, plan: RoutingPlan) -> Tensor:
     """Each expert's rows times its matrix: `[S, D], [E, D, P] -> [S, P]`."""
-    if x_SD.device.type != "cpu":
+    if _torch_takes(x_SD, w_EDP):
         return F.grouped_mm(x_SD, w_EDP, offs=plan.ends_E)
-    # On a CPU torch's is this loop, and asks for rows of 16 bytes.
     out_SP = x_SD.new_empty(len(x_SD), w_EDP.shape[2])
     for w_DP, (start, end) in zip(w_EDP.unbind(), _spans(plan), strict=True):
         torch.mm(x_SD[start:end], w_DP, out=out_SP[start:end])
@@ -252,12 +252,23 @@ def _grouped_mm(x_SD: Tensor, w_EDP: Tensor, plan: RoutingPlan) -> Tensor:
 
 def _outer(a_SP: Tensor, b_SD: Tensor, plan: RoutingPlan) -> Tensor:
     """Per expert the product of its rows, `[S, P], [S, D] -> [E, P, D]`; 0 for an expert without rows."""
-    if a_SP.device.type != "cpu":
+    if _torch_takes(a_SP, b_SD):
         return F.grouped_mm(a_SP.t(), b_SD, offs=plan.ends_E)
     out_EPD = a_SP.new_empty(plan.num_experts, a_SP.shape[1], b_SD.shape[1])
     for out_PD, (start, end) in zip(out_EPD.unbind(), _spans(plan), strict=True):
         torch.mm(a_SP[start:end].t(), b_SD[start:end], out=out_PD)
     return out_EPD
+
+
+def _torch_takes(*operands: Tensor) -> bool:
+    """Whether torch's grouped product takes them: not float64, not empty, rows of a multiple of 16 bytes."""
+    return all(
+        t.dtype != torch.float64
+        and t.numel() > 0
+        and t.data_ptr() % 16 == 0
+        and all(stride == 1 or stride * t.itemsize % 16 == 0 for stride in t.stride())
+        for t in operands
+    )
 
 
 def _spans(plan: RoutingPlan) -> list[tuple[int, int]]:

@@ -12,9 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import PreTrainedModel
-from transformers.utils import logging
-
 from ..files import CheckpointError, staged_folder
 from ..hub import MANIFEST, verify_manifest
 
@@ -22,19 +19,6 @@ PREFIX = "checkpoint-"
 # Without any of these a resumed run would silently differ from one that was not interrupted.
 REQUIRED = ("config.json", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 _STALE = re.compile(rf"\.{PREFIX}\d+\.(staging|old)-[0-9a-f]+")
-
-
-def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """`model.save_pretrained` without its progress bar; all files readable alike."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model.save_pretrained(folder)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    for path in folder.glob("*.safetensors"):  # safetensors leaves its files private to the user
-        shutil.copymode(folder / "config.json", path)
 
 
 @contextmanager

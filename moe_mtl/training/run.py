@@ -23,7 +23,7 @@ from ..models import AutoModelForMultiTask, MultiTaskModel
 from .balancing import build_method
 from .building import build
 from .callbacks import ExpertHealth, Progress
-from .checkpoints import checkpoints_in, keep_last_checkpoints, remove_stale_staging, save_model
+from .checkpoints import checkpoints_in, keep_last_checkpoints, remove_stale_staging
 from .evaluation import Evaluation, evaluate_table
 from .metrics import Metrics, standard_errors
 from .recipe import Recipe, RecipeError, TrainSection, load_recipe, recipe_sha256
@@ -349,7 +349,7 @@ def _save(
     output_dir: Path, model: MultiTaskModel, processor: TabularProcessor, recipe: Recipe, record: dict[str, Any]
 ) -> None:
     with staged_folder(output_dir) as staging:
-        save_model(model, staging)
+        model.save_pretrained(staging)
         processor.save_pretrained(staging)
         write_atomically(staging / RECIPE, recipe.to_yaml())
         write_atomically(staging / METRICS, json.dumps(record, indent=1, allow_nan=False) + "\n")

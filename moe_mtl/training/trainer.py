@@ -32,7 +32,6 @@ from .checkpoints import (
     find_last_complete_checkpoint,
     keep_last_checkpoints,
     remove_stale_staging,
-    save_model,
     verify_checkpoint,
     writing_checkpoint,
 )
@@ -393,7 +392,7 @@ class MultiTaskTrainer(Trainer):
         self.store_flos()
         folder = Path(str(self.args.output_dir))
         with writing_checkpoint(folder / f"{PREFIX}{self.state.global_step}") as staging:
-            save_model(self.model, staging)
+            self.model.save_pretrained(staging)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(staging)
             torch.save(self.optimizer.state_dict(), staging / "optimizer.pt")
