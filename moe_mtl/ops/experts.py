@@ -261,10 +261,9 @@ def _outer(a_SP: Tensor, b_SD: Tensor, plan: RoutingPlan) -> Tensor:
 
 
 def _torch_takes(*operands: Tensor) -> bool:
-    """Whether torch's grouped product takes them: not float64, not empty, rows of a multiple of 16 bytes."""
+    """Whether torch's grouped product takes them: not float64, rows of a multiple of 16 bytes."""
     return all(
         t.dtype != torch.float64
-        and t.numel() > 0
         and t.data_ptr() % 16 == 0
         and all(stride == 1 or stride * t.itemsize % 16 == 0 for stride in t.stride())
         for t in operands

@@ -25,7 +25,7 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("sizes", [("5GB", "20KB"), ("20KB", "5GB"), ("20KB", "5GB", "20KB")])
+@pytest.mark.parametrize("sizes", [("5GB", "4KB"), ("4KB", "5GB"), ("4KB", "2KB", "5GB", "4KB")])
 def test_a_save_replaces_what_an_earlier_one_left(tmp_path: Path, sizes: tuple[str, ...]) -> None:
     model = make()
     (tmp_path / "notes.txt").write_text("mine")
@@ -35,6 +35,13 @@ def test_a_save_replaces_what_an_earlier_one_left(tmp_path: Path, sizes: tuple[s
                 parameter.add_(1)
         model.save_pretrained(tmp_path, max_shard_size=size)
         hub.write_manifest(tmp_path)
+        weights = {entry.name for entry in tmp_path.glob("*.safetensors*")}
+        index = tmp_path / "model.safetensors.index.json"
+        if size == "5GB":
+            assert weights == {"model.safetensors"}
+        else:  # the shards that the index names, at least two, and none of an earlier save
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+            assert weights == shards | {index.name} and len(shards) > 1
         assert same(AutoModelForMultiTask.from_pretrained(tmp_path).state_dict(), model.state_dict())
     model.save_pretrained(tmp_path)  # the manifest that stands there is written anew
     AutoModelForMultiTask.from_pretrained(tmp_path)
