@@ -16,9 +16,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	@$(BIN)/moe-mtl demo --output runs/demo
 
-# Two processes with one thread each are faster on small models than one process with two.
-test: $(INSTALLED) lint
+# Two processes with one thread each are faster on small models than one process with two. The kernels run on the
+# oldest Triton too, whose interpreter wants an older numpy.
+test: $(INSTALLED) $(VENV)/triton-3.6 lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/python -m pytest -n 2 --dist loadfile tests/ops
+
+$(VENV)/triton-3.6: $(INSTALLED)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0 numpy==2.3.5
+	@touch $@
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check

@@ -1,7 +1,19 @@
 """The fast path of sparse experts: a routing plan, and the experts over it."""
 
-from .experts import ACTIVATIONS, expert_mlp, gated
+from .activations import ACTIVATIONS, gated
+from .experts import expert_mlp
+from .linear import expert_combine, expert_linear
 from .routing import RoutingPlan, make_plan, route
 from .transformers import experts_forward
 
-__all__ = ["ACTIVATIONS", "RoutingPlan", "expert_mlp", "experts_forward", "gated", "make_plan", "route"]
+__all__ = [
+    "ACTIVATIONS",
+    "RoutingPlan",
+    "expert_combine",
+    "expert_linear",
+    "expert_mlp",
+    "experts_forward",
+    "gated",
+    "make_plan",
+    "route",
+]

@@ -3,46 +3,26 @@
     y_n = sum_k weight_nk (W_down[e] act(W_up[e] x_n + b_up[e]) + b_down[e]),   e = index_nk
 
 Dropless: every chosen expert computes, none is padded, none has a capacity. One function, one result, three ways to get
-it: `torch` is the equation as written, a loop over experts; `grouped` sorts the copies by expert and multiplies each
-expert's rows in one grouped product.
+it: `torch` is the equation as written, a loop over experts; `grouped` sorts the copies by expert and gives each layer
+to one product of torch; `triton` does that in kernels which gather, activate and combine as they go.
 
-Shapes: `N` tokens, `D` width, `E` experts, `K` experts chosen per token, `S = N K` routed copies, `P` width of the
-first layer (`2 H` where it is gated, else `H`), `H` hidden width, `O` output width.
+Shapes: `N` tokens, `D` width, `E` experts, `K` experts chosen per token, `S = N K` routed copies, `P` rows of the
+first layer (`2 H` where gate and up lie in one tensor, else `H`), `H` hidden width, `O` output width.
 """
 
-from collections.abc import Callable
-from itertools import pairwise
-from typing import Any, Literal
+from types import ModuleType
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import grouped
+from .activations import ACTIVATIONS, GATED, Activation, activate
 from .routing import RoutingPlan, make_plan
+from .weights import ExpertWeights, PerInput
 
-Backend = Literal["torch", "grouped"]
-Activation = Callable[[Tensor], Tensor]
-
-
-def gated(activation: Activation) -> Activation:
-    """`act(gate) * up` of a first layer whose output is `[gate; up]`."""
-
-    def apply(pre_SP: Tensor) -> Tensor:
-        gate_SH, up_SH = pre_SP.chunk(2, dim=-1)
-        return activation(gate_SH) * up_SH
-
-    return apply
-
-
-GATED: dict[str, Activation] = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
-ACTIVATIONS: dict[str, Activation] = {
-    "relu": F.relu,
-    "relu2": lambda pre_SH: F.relu(pre_SH).square(),
-    "gelu": F.gelu,
-    "gelu_tanh": lambda pre_SH: F.gelu(pre_SH, approximate="tanh"),
-    "silu": F.silu,
-    **{name: gated(activation) for name, activation in GATED.items()},
-}
+Backend = Literal["torch", "grouped", "triton"]
 
 
 def expert_mlp(
@@ -53,222 +33,361 @@ def expert_mlp(
     weights_NK: Tensor,
     *,
     activation: str | Activation = "swiglu",
+    w_gate_EHD: Tensor | None = None,
     b_up_EP: Tensor | None = None,
     b_down_EO: Tensor | None = None,
+    b_gate_EH: Tensor | None = None,
+    recompute: bool = False,
     backend: Backend | None = None,
+    fallback: bool = False,
 ) -> Tensor:
     """Applies to each token the experts chosen for it.
 
+    Under autocast the floating-point arguments but the weights of the mixture are cast to its dtype.
+
     Args:
         x_ND: tokens.
-        w_up_EPD: first layers, `[E, P, D]`; any strides, so that transposed weights need no copy.
+        w_up_EPD: first layers, `[E, P, D]`; any strides, so that transposed weights need no copy. A gated activation
+            finds the gate's rows before the others, unless `w_gate_EHD` holds them.
         w_down_EOH: second layers, `[E, O, H]`; any strides.
         indices_NK: int64, each in `[0, E]`; `E` is nobody here, and adds nothing.
         weights_NK: float weights of the chosen experts; differentiable.
-        activation: a name of `ACTIVATIONS`, or a function `[S, P] -> [S, H]` that treats each row by itself.
-        b_up_EP, b_down_EO: biases.
-        backend: `torch` or `grouped`; by default `grouped`.
+        activation: a name of `ACTIVATIONS`, or a function `[S, P] -> [S, H]` that treats each row by itself. Only
+            names are fused into the kernels.
+        w_gate_EHD: the gate's first layers where they are a tensor of their own, of the strides of `w_up_EPD`.
+        b_up_EP, b_down_EO, b_gate_EH: biases.
+        recompute: keep nothing of width `P` for the backward; it computes the first layer once more.
+        backend: `torch`, `grouped` or `triton`; by default `triton` for CUDA tensors where it is installed, else
+            `grouped`.
+        fallback: where `triton` cannot work (see the error it raises), take `grouped`.
 
     Returns:
         `[N, O]`, in the dtype of `x_ND`.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; raised before anything is computed.
+        NotImplementedError: backend `triton` cannot compute this; says why.
     """
-    act = ACTIVATIONS.get(activation) if isinstance(activation, str) else activation
-    if act is None:
+    if isinstance(activation, str) and activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)} or a function, found {activation!r}")
-    _check(x_ND, w_up_EPD, w_down_EOH, indices_NK, weights_NK, b_up_EP, b_down_EO)
-    if isinstance(activation, str):  # what a function makes of a row only running it would tell
-        wide = w_up_EPD.shape[1]
-        made = wide // 2 if activation in GATED else wide
-        if made != w_down_EOH.shape[2] or (activation in GATED and wide % 2):
-            raise ValueError(f"w_down: expected [E, O, {made}], as {activation} makes {made} of {wide}")
-    backend = "grouped" if backend is None else backend
+    w = ExpertWeights(w_up_EPD, w_down_EOH, w_gate_EHD, b_up_EP, b_down_EO, b_gate_EH)
+    x_ND, *tensors = under_autocast(x_ND, *_tensors(w))
+    w = ExpertWeights(*tensors)
+    _check(x_ND, w, indices_NK, weights_NK, activation)
+    backend = choose_backend(backend, fallback, x_ND)
     if backend == "torch":
-        return _loop(x_ND, w_up_EPD, w_down_EOH, indices_NK, weights_NK, act, b_up_EP, b_down_EO)
-    if backend != "grouped":
-        raise ValueError(f"backend: expected torch or grouped, found {backend!r}")
-    plan = make_plan(indices_NK, len(w_up_EPD))
-    return _Grouped.apply(x_ND, w_up_EPD, w_down_EOH, weights_NK, b_up_EP, b_down_EO, plan, act)
+        return _loop(x_ND, w, indices_NK, weights_NK, activation)
+    if isinstance(activation, str):
+        kept = torch.is_grad_enabled() and not recompute
+        needs_grad = any(t is not None and t.requires_grad for t in (x_ND, weights_NK, *w.named().values()))
+        out_NO, *_ = _expert_mlp(
+            x_ND,
+            weights_NK,
+            *(w.up_EPD, w.down_EOH, w.gate_EHD, w.b_up_EP, w.b_down_EO, w.b_gate_EH),
+            indices_NK.contiguous(),
+            activation,
+            backend,
+            kept and needs_grad,
+        )
+        return out_NO
+    if torch.compiler.is_compiling():
+        from .linear import composed
+
+        return composed(x_ND, w, make_plan(indices_NK, len(w_up_EPD)), weights_NK, activation, backend)
+    plan = make_plan(indices_NK, len(w_up_EPD), "triton" if backend == "triton" else "torch")
+    return _ByFunction.apply(x_ND, weights_NK, *_tensors(w), plan, activation, backend, not recompute)
+
+
+def default_backend(device: torch.device) -> Backend:
+    """What `expert_mlp` takes for tensors there."""
+    return "triton" if device.type == "cuda" and _has_triton() else "grouped"
+
+
+def engine(backend: str) -> ModuleType:
+    """The module with the two passes."""
+    if backend == "grouped":
+        return grouped
+    from . import triton_experts
+
+    return triton_experts
+
+
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def choose_backend(backend: Backend | None, fallback: bool, x_ND: Tensor) -> Backend:
+    """The backend for these tensors, where None was said or a fallback was asked for."""
+    if backend is None:
+        backend, fallback = default_backend(x_ND.device), True
+    if backend not in ("torch", "grouped", "triton"):
+        raise ValueError(f"backend: expected torch, grouped or triton, found {backend!r}")
+    if backend != "triton":
+        return backend
+    if _has_triton():
+        from .triton_launch import why_not
+
+        reason = why_not(x_ND)
+    else:
+        reason = "Triton is not installed; it comes with the extra moe_mtl[triton]"
+    if reason is None:
+        return backend
+    if not fallback:
+        raise NotImplementedError(
+            f"backend triton: {reason}; backend='grouped' computes the same, and fallback=True takes it"
+        )
+    return "grouped"
+
+
+def under_autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
+    """What autocast makes of the arguments of a product; None stays None."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, *others
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(None if t is None else t.to(dtype) for t in (x, *others))
+
+
+def _tensors(w: ExpertWeights) -> tuple[Tensor | None, ...]:
+    return tuple(w.named().values())
 
 
 def _check(
-    x_ND: Tensor,
-    w_up_EPD: Tensor,
-    w_down_EOH: Tensor,
-    indices_NK: Tensor,
-    weights_NK: Tensor,
-    b_up_EP: Tensor | None,
-    b_down_EO: Tensor | None,
+    x_ND: Tensor, w: ExpertWeights, indices_NK: Tensor, weights_NK: Tensor, activation: str | Activation
 ) -> None:
-    if x_ND.dim() != 2 or w_up_EPD.dim() != 3 or w_down_EOH.dim() != 3:
-        shapes = [list(t.shape) for t in (x_ND, w_up_EPD, w_down_EOH)]
+    if x_ND.dim() != 2 or w.up_EPD.dim() != 3 or w.down_EOH.dim() != 3:
+        shapes = [list(t.shape) for t in (x_ND, w.up_EPD, w.down_EOH)]
         raise ValueError(f"expected x [N, D], w_up [E, P, D] and w_down [E, O, H], found {shapes}")
     rows, width = x_ND.shape
-    experts, wide, of = w_up_EPD.shape
-    if of != width or len(w_down_EOH) != experts:
+    experts, wide, of = w.up_EPD.shape
+    out, hidden = w.down_EOH.shape[1:]
+    if of != width or len(w.down_EOH) != experts:
         raise ValueError(
             f"expected w_up [E, P, {width}] and w_down [E, O, H] of as many experts, "
-            f"found {list(w_up_EPD.shape)} and {list(w_down_EOH.shape)}"
+            f"found {list(w.up_EPD.shape)} and {list(w.down_EOH.shape)}"
         )
-    if weights_NK.shape != indices_NK.shape or indices_NK.dim() != 2 or len(indices_NK) != rows:
+    if w.gate_EHD is not None:
+        if activation not in GATED:
+            raise ValueError(f"w_gate: expected an activation of {', '.join(GATED)} beside it, found {activation!r}")
+        if w.gate_EHD.shape != w.up_EPD.shape or w.gate_EHD.stride() != w.up_EPD.stride():
+            raise ValueError(
+                f"w_gate: expected the shape and strides of w_up, {list(w.up_EPD.shape)} and {w.up_EPD.stride()}, "
+                f"found {list(w.gate_EHD.shape)} and {w.gate_EHD.stride()}"
+            )
+        if (w.b_gate_EH is None) != (w.b_up_EP is None):
+            raise ValueError("b_gate: expected together with b_up, or neither")
+    elif w.b_gate_EH is not None:
+        raise ValueError("b_gate: expected only beside w_gate; else b_up holds it")
+    if isinstance(activation, str):  # what a function makes of a row only running it would tell
+        halved = activation in GATED and w.gate_EHD is None
+        made = wide // 2 if halved else wide
+        if made != hidden or (halved and wide % 2):
+            raise ValueError(f"w_down: expected [E, O, {made}], as {activation} makes {made} of {wide}")
+    if weights_NK.shape != indices_NK.shape or indices_NK.dim() != 2 or indices_NK.shape[0] != rows:
         raise ValueError(
             f"expected indices and weights of shape [{rows}, K], "
             f"found {list(indices_NK.shape)} and {list(weights_NK.shape)}"
         )
-    for name, bias, shape in (("b_up", b_up_EP, (experts, wide)), ("b_down", b_down_EO, (experts, len(w_down_EOH[0])))):
-        if bias is not None and bias.shape != shape:
-            raise ValueError(f"{name}: expected shape {list(shape)}, found {list(bias.shape)}")
-    for name, tensor in (("w_up", w_up_EPD), ("w_down", w_down_EOH), ("b_up", b_up_EP), ("b_down", b_down_EO)):
+    if not indices_NK.shape[1]:
+        raise ValueError("indices: expected at least one expert per token, found none")
+    if not weights_NK.is_floating_point():
+        raise ValueError(f"weights: expected floats, found {weights_NK.dtype}")
+    biases = (("b_up", w.b_up_EP, wide), ("b_gate", w.b_gate_EH, wide), ("b_down", w.b_down_EO, out))
+    for name, bias, size in biases:
+        if bias is not None and bias.shape != (experts, size):
+            raise ValueError(f"{name}: expected shape {[experts, size]}, found {list(bias.shape)}")
+    for name, tensor in w.named().items():
         if tensor is not None and (tensor.dtype != x_ND.dtype or tensor.device != x_ND.device):
             raise ValueError(f"{name}: expected {x_ND.dtype} on {x_ND.device}, found {tensor.dtype} on {tensor.device}")
+    for name, tensor in (("indices", indices_NK), ("weights", weights_NK)):
+        if tensor.device != x_ND.device:
+            raise ValueError(f"{name}: expected a tensor on {x_ND.device}, found one on {tensor.device}")
 
 
 def _loop(
-    x_ND: Tensor,
-    w_up_EPD: Tensor,
-    w_down_EOH: Tensor,
-    indices_NK: Tensor,
-    weights_NK: Tensor,
-    act: Activation,
-    b_up_EP: Tensor | None,
-    b_down_EO: Tensor | None,
+    x_ND: Tensor, w: ExpertWeights, indices_NK: Tensor, weights_NK: Tensor, activation: str | Activation
 ) -> Tensor:
     """The equation as written. `unbind` once: a `w[e]` per expert would cost the backward a full-size zero for each."""
-    experts = len(w_up_EPD)
+    experts = len(w.up_EPD)
+    up_EPD, b_up_EP = w.up_EPD, w.b_up_EP
+    if w.gate_EHD is not None:
+        up_EPD = torch.cat([w.gate_EHD, up_EPD], dim=1)
+        b_up_EP = None if b_up_EP is None else torch.cat([cast(Tensor, w.b_gate_EH), b_up_EP], dim=1)
     b_up = [None] * experts if b_up_EP is None else b_up_EP.unbind()
-    b_down = [None] * experts if b_down_EO is None else b_down_EO.unbind()
-    out_NO = x_ND.new_zeros(len(x_ND), w_down_EOH.shape[1])
-    for e, (w_up_PD, w_down_OH) in enumerate(zip(w_up_EPD.unbind(), w_down_EOH.unbind(), strict=True)):
+    b_down = [None] * experts if w.b_down_EO is None else w.b_down_EO.unbind()
+    out_NO = x_ND.new_zeros(len(x_ND), w.down_EOH.shape[1])
+    for e, (w_up_PD, w_down_OH) in enumerate(zip(up_EPD.unbind(), w.down_EOH.unbind(), strict=True)):
         tokens, k = (indices_NK == e).nonzero(as_tuple=True)
-        hidden = act(F.linear(x_ND[tokens], w_up_PD, b_up[e]))
+        hidden = activate(activation, F.linear(x_ND[tokens], w_up_PD, b_up[e]))
         y = F.linear(hidden, w_down_OH, b_down[e])
         out_NO = out_NO.index_add(0, tokens, (y * weights_NK[tokens, k].unsqueeze(-1)).to(out_NO.dtype))
     return out_NO
 
 
-class _Grouped(torch.autograd.Function):
-    """Saves the tokens, what enters the activation, and the plan; nothing of width `K` times the output.
+# --- a named activation: operators, so that torch.compile and torch.export keep a graph whole ---
 
-    The gradient of a weight is taken where the hidden units are at hand ("SonicMoE", 2025, arXiv 2512.14080):
-    d weight_s = h_s . (W_down^T g_s) + b_down . g_s, so that the second layer's outputs need not be kept.
-    """
 
+@torch.library.custom_op("moe_mtl::expert_mlp", mutates_args=())
+def _expert_mlp(
+    x_ND: Tensor,
+    weights_NK: Tensor,
+    w_up_EPD: Tensor,
+    w_down_EOH: Tensor,
+    w_gate_EHD: Tensor | None,
+    b_up_EP: Tensor | None,
+    b_down_EO: Tensor | None,
+    b_gate_EH: Tensor | None,
+    indices_NK: Tensor,
+    activation: str,
+    backend: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output, what enters the activation (empty unless `keep`), and the plan's three tensors."""
+    w = ExpertWeights(w_up_EPD, w_down_EOH, w_gate_EHD, b_up_EP, b_down_EO, b_gate_EH)
+    plan = make_plan(indices_NK, len(w_up_EPD), "triton" if backend == "triton" else "torch")
+    out_NO, pre_SP = engine(backend).forward(x_ND, weights_NK, w, plan, activation, keep)
+    return out_NO, x_ND.new_empty(0) if pre_SP is None else pre_SP, plan.order_S, plan.position_S, plan.offsets
+
+
+@_expert_mlp.register_fake
+def _(
+    x_ND: Tensor,
+    weights_NK: Tensor,
+    w_up_EPD: Tensor,
+    w_down_EOH: Tensor,
+    w_gate_EHD: Tensor | None,
+    b_up_EP: Tensor | None,
+    b_down_EO: Tensor | None,
+    b_gate_EH: Tensor | None,
+    indices_NK: Tensor,
+    activation: str,
+    backend: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    copies = indices_NK.shape[0] * indices_NK.shape[1]
+    wide = w_up_EPD.shape[1] * (1 if w_gate_EHD is None else 2)
+    order_S = indices_NK.new_empty(copies, dtype=torch.int64)
+    return (
+        x_ND.new_empty(x_ND.shape[0], w_down_EOH.shape[1]),
+        x_ND.new_empty(copies, wide) if keep else x_ND.new_empty(0),
+        order_S,
+        torch.empty_like(order_S),
+        order_S.new_empty(w_up_EPD.shape[0] + 1),
+    )
+
+
+@torch.library.custom_op("moe_mtl::expert_mlp_backward", mutates_args=())
+def _expert_mlp_backward(
+    grad_NO: Tensor,
+    x_ND: Tensor,
+    pre_SP: Tensor | None,
+    weights_NK: Tensor,
+    w_up_EPD: Tensor,
+    w_down_EOH: Tensor,
+    w_gate_EHD: Tensor | None,
+    b_up_EP: Tensor | None,
+    b_down_EO: Tensor | None,
+    b_gate_EH: Tensor | None,
+    indices_NK: Tensor,
+    order_S: Tensor,
+    position_S: Tensor,
+    offsets: Tensor,
+    activation: str,
+    backend: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients in the order of `PerInput`, empty where not needed."""
+    w = ExpertWeights(w_up_EPD, w_down_EOH, w_gate_EHD, b_up_EP, b_down_EO, b_gate_EH)
+    plan = RoutingPlan(indices_NK, order_S, position_S, offsets)
+    found = engine(backend).backward(grad_NO, x_ND, pre_SP, weights_NK, w, plan, activation, PerInput(*needs))
+    return [x_ND.new_empty(0) if t is None else t.contiguous() for t in found.values()]
+
+
+@_expert_mlp_backward.register_fake
+def _(
+    grad_NO: Tensor,
+    x_ND: Tensor,
+    pre_SP: Tensor | None,
+    weights_NK: Tensor,
+    w_up_EPD: Tensor,
+    w_down_EOH: Tensor,
+    w_gate_EHD: Tensor | None,
+    b_up_EP: Tensor | None,
+    b_down_EO: Tensor | None,
+    b_gate_EH: Tensor | None,
+    indices_NK: Tensor,
+    order_S: Tensor,
+    position_S: Tensor,
+    offsets: Tensor,
+    activation: str,
+    backend: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    inputs = (x_ND, weights_NK, w_up_EPD, w_down_EOH, w_gate_EHD, b_up_EP, b_down_EO, b_gate_EH)
+    return [
+        t.new_empty(t.shape) if t is not None and needed else x_ND.new_empty(0)
+        for t, needed in zip(inputs, needs, strict=True)
+    ]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, activation, backend, keep = inputs
+    _, pre_SP, *plan = output
+    ctx.save_for_backward(*tensors, pre_SP if keep else None, *plan)
+    ctx.activation, ctx.backend = activation, backend
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_NO: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:8])
+    if grad_NO is None:
+        return (None,) * 12
+    x_ND, weights_NK, *w, indices_NK, pre_SP, order_S, position_S, offsets = ctx.saved_tensors
+    found = _expert_mlp_backward(
+        *(grad_NO, x_ND, pre_SP, weights_NK, *w, indices_NK, order_S, position_S, offsets),
+        *(ctx.activation, ctx.backend, needs),
+    )
+    return *(t if needed else None for t, needed in zip(found, needs, strict=True)), None, None, None, None
+
+
+_expert_mlp.register_autograd(_backward, setup_context=_setup)
+
+
+# --- any function as activation: an operator cannot take one ---
+
+
+class _ByFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x_ND: Tensor,
+        weights_NK: Tensor,
         w_up_EPD: Tensor,
         w_down_EOH: Tensor,
-        weights_NK: Tensor,
+        w_gate_EHD: Tensor | None,
         b_up_EP: Tensor | None,
         b_down_EO: Tensor | None,
+        b_gate_EH: Tensor | None,
         plan: RoutingPlan,
-        act: Activation,
+        activation: Activation,
+        backend: str,
+        keep: bool,
     ) -> Tensor:
-        tokens_S = _placed(plan.tokens_S, plan)
-        pre_SP = _grouped_linear(x_ND[tokens_S], w_up_EPD, b_up_EP, plan)
-        y_SO = _grouped_linear(act(pre_SP), w_down_EOH, b_down_EO, plan)
-        y_NKO = _at_copies(y_SO, plan)
-        ctx.save_for_backward(x_ND, pre_SP, w_up_EPD, w_down_EOH, weights_NK, b_down_EO)
-        ctx.plan, ctx.act, ctx.has_b_up = plan, act, b_up_EP is not None
-        if weights_NK.dtype == y_NKO.dtype:
-            return torch.bmm(weights_NK.unsqueeze(1), y_NKO).squeeze(1)
-        return (y_NKO * weights_NK.unsqueeze(-1)).sum(1).to(y_NKO.dtype)  # routers give float32 weights
+        tensors = (w_up_EPD, w_down_EOH, w_gate_EHD, b_up_EP, b_down_EO, b_gate_EH)
+        keep = keep and any(ctx.needs_input_grad)
+        out_NO, pre_SP = engine(backend).forward(x_ND, weights_NK, ExpertWeights(*tensors), plan, activation, keep)
+        ctx.save_for_backward(x_ND, weights_NK, pre_SP, *tensors)
+        ctx.plan, ctx.activation, ctx.backend = plan, activation, backend
+        return out_NO
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_NO,) = grads
-        x_ND, pre_SP, w_up_EPD, w_down_EOH, weights_NK, b_down_EO = ctx.saved_tensors
-        plan: RoutingPlan = ctx.plan
-        needs_x, needs_up, needs_down, needs_weights, needs_b_up, needs_b_down = ctx.needs_input_grad[:6]
-        tokens_S, order_S = _placed(plan.tokens_S, plan), _placed(plan.order_S, plan)
-        grad_SO = grad_NO[tokens_S]
-        weights_S1 = weights_NK.flatten()[order_S].unsqueeze(-1)
-        with torch.enable_grad():
-            pre_SP = pre_SP.detach().requires_grad_()
-            h_SH = ctx.act(pre_SP)
-        dh_SH = _grouped_mm(grad_SO, w_down_EOH, plan)  # before the weight
-
-        dx_ND = dw_up = dw_down = dweights_NK = db_up = db_down = None
-        if needs_weights:
-            dweights_S = (h_SH.detach() * dh_SH).sum(-1, dtype=weights_NK.dtype)
-            if b_down_EO is not None:
-                dweights_S += (b_down_EO[_experts(plan)] * grad_SO).sum(-1, dtype=weights_NK.dtype)
-            dweights_NK = weights_NK.new_zeros(weights_NK.numel()).index_put((order_S,), dweights_S)
-            dweights_NK = dweights_NK.view_as(weights_NK)
-        if needs_down:
-            dw_down = _outer(grad_SO, (h_SH.detach() * weights_S1).to(grad_SO.dtype), plan)
-        if needs_b_down:
-            db_down = _sums((grad_SO * weights_S1).to(grad_SO.dtype), plan)
-        if needs_x or needs_up or needs_b_up:
-            (dpre_SP,) = torch.autograd.grad(h_SH, pre_SP, (dh_SH * weights_S1).to(h_SH.dtype))
-            if needs_b_up:
-                db_up = _sums(dpre_SP, plan)
-            if needs_up:
-                dw_up = _outer(dpre_SP, x_ND[tokens_S], plan)
-            if needs_x:
-                dx_ND = _at_copies(_grouped_mm(dpre_SP, w_up_EPD, plan), plan).sum(1)
-        return dx_ND, dw_up, dw_down, dweights_NK, db_up, db_down, None, None
-
-
-def _placed(rows_S: Tensor, plan: RoutingPlan) -> Tensor:
-    """Without what stands behind the last expert: nobody here computes that."""
-    return rows_S[: int(plan.offsets[-1])]
-
-
-def _at_copies(y_SO: Tensor, plan: RoutingPlan) -> Tensor:
-    """From places back to copies, `[N, K, O]`; 0 for copies that nobody here computed."""
-    if len(y_SO) < len(plan.order_S):
-        y_SO = torch.cat([y_SO, y_SO.new_zeros(len(plan.order_S) - len(y_SO), y_SO.shape[1])])
-    return y_SO[plan.position_S].unflatten(0, (-1, plan.num_selected))
-
-
-def _experts(plan: RoutingPlan) -> Tensor:
-    """Of each place its expert."""
-    return torch.repeat_interleave(plan.counts_E)
-
-
-def _sums(rows_SP: Tensor, plan: RoutingPlan) -> Tensor:
-    """Per expert the sum of its rows: `[E, P]`."""
-    return rows_SP.new_zeros(plan.num_experts, rows_SP.shape[1]).index_add_(0, _experts(plan), rows_SP)
-
-
-def _grouped_linear(x_SD: Tensor, w_EPD: Tensor, b_EP: Tensor | None, plan: RoutingPlan) -> Tensor:
-    y_SP = _grouped_mm(x_SD, w_EPD.transpose(1, 2), plan)
-    return y_SP if b_EP is None else y_SP.add_(b_EP[_experts(plan)])
-
-
-def _grouped_mm(x_SD: Tensor, w_EDP: Tensor, plan: RoutingPlan) -> Tensor:
-    """Each expert's rows times its matrix: `[S, D], [E, D, P] -> [S, P]`."""
-    if _torch_takes(x_SD, w_EDP):
-        return F.grouped_mm(x_SD, w_EDP, offs=plan.ends_E)
-    out_SP = x_SD.new_empty(len(x_SD), w_EDP.shape[2])
-    for w_DP, (start, end) in zip(w_EDP.unbind(), _spans(plan), strict=True):
-        torch.mm(x_SD[start:end], w_DP, out=out_SP[start:end])
-    return out_SP
-
-
-def _outer(a_SP: Tensor, b_SD: Tensor, plan: RoutingPlan) -> Tensor:
-    """Per expert the product of its rows, `[S, P], [S, D] -> [E, P, D]`; 0 for an expert without rows."""
-    if _torch_takes(a_SP, b_SD):
-        return F.grouped_mm(a_SP.t(), b_SD, offs=plan.ends_E)
-    out_EPD = a_SP.new_empty(plan.num_experts, a_SP.shape[1], b_SD.shape[1])
-    for out_PD, (start, end) in zip(out_EPD.unbind(), _spans(plan), strict=True):
-        torch.mm(a_SP[start:end].t(), b_SD[start:end], out=out_PD)
-    return out_EPD
-
-
-def _torch_takes(*operands: Tensor) -> bool:
-    """Whether torch's grouped product takes them: not float64, rows of a multiple of 16 bytes."""
-    return all(
-        t.dtype != torch.float64
-        and t.data_ptr() % 16 == 0
-        and all(stride == 1 or stride * t.itemsize % 16 == 0 for stride in t.stride())
-        for t in operands
-    )
-
-
-def _spans(plan: RoutingPlan) -> list[tuple[int, int]]:
-    return list(pairwise(plan.offsets.tolist()))
+        x_ND, weights_NK, pre_SP, *tensors = ctx.saved_tensors
+        found = engine(ctx.backend).backward(
+            *(grads[0], x_ND, pre_SP, weights_NK, ExpertWeights(*tensors), ctx.plan, ctx.activation),
+            PerInput(*ctx.needs_input_grad[:8]),
+        )
+        return *found.values(), None, None, None, None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Scores = Literal["softmax", "softmax_selected", "sigmoid"]
+PlanBackend = Literal["torch", "triton"]
 
 
 def route(
@@ -73,21 +74,25 @@ class RoutingPlan:
     """The routed copies laid out by expert. Made without a look at the data from the host, so that a graph can hold it.
 
     Attributes:
+        indices_NK: the chosen experts, contiguous. `E`, "nobody here", marks a copy that no expert here computes.
         order_S: copies in the order of their experts, and of their tokens within an expert: int64.
         position_S: of each copy its place in that order: int64.
-        offsets: expert `e` has the places from `offsets[e]` to `offsets[e + 1]`: int64 `[E + 1]`. Copies for
-            `E`, "nobody here", stand behind the last.
-        num_selected: `K`.
+        offsets: expert `e` has the places from `offsets[e]` to `offsets[e + 1]`: int64 `[E + 1]`. Copies for nobody
+            stand behind the last.
     """
 
+    indices_NK: Tensor
     order_S: Tensor
     position_S: Tensor
     offsets: Tensor
-    num_selected: int
 
     @property
     def num_experts(self) -> int:
         return self.offsets.shape[0] - 1
+
+    @property
+    def num_selected(self) -> int:
+        return self.indices_NK.shape[1]
 
     @property
     def tokens_S(self) -> Tensor:
@@ -104,14 +109,36 @@ class RoutingPlan:
         """Copies of each expert: int64."""
         return self.offsets.diff()
 
+    def tiles(self, rows: int, backend: PlanBackend = "torch") -> tuple[Tensor, Tensor]:
+        """Cuts each expert's places into tiles of up to `rows`, none of which crosses two experts.
 
-def make_plan(indices_NK: Tensor, num_experts: int) -> RoutingPlan:
+        Returns:
+            of each tile its expert (int32) and its first place (int64). How many tiles there are the host does not
+            know, but how many there can be: `S // rows + min(E, S)`. The expert of those too many is `E`.
+        """
+        if backend == "triton":
+            from . import triton_routing
+
+            return triton_routing.tiles(self.offsets, len(self.order_S), rows)
+        copies, experts = self.order_S.shape[0], self.num_experts
+        tiles_E = (self.counts_E + rows - 1) // rows
+        ends_E = tiles_E.cumsum(0)
+        tile_T = torch.arange(copies // rows + min(experts, copies), device=self.offsets.device)
+        expert_T = torch.searchsorted(ends_E, tile_T, right=True)
+        known_T = expert_T.clamp_max(experts - 1)
+        start_T = self.offsets[known_T] + (tile_T - (ends_E - tiles_E)[known_T]) * rows
+        return expert_T.to(torch.int32), torch.where(expert_T < experts, start_T, 0)
+
+
+def make_plan(indices_NK: Tensor, num_experts: int, backend: PlanBackend = "torch") -> RoutingPlan:
     """Sorts the copies by expert.
 
     Args:
         indices_NK: int32 or int64, each in `[0, E]`; `E` marks a copy that no expert here computes, as transformers'
-            expert parallelism does. The range is checked on a CPU only: elsewhere that would wait for the device.
+            expert parallelism does. The range is checked on a CPU only: elsewhere that would wait for the device, and
+            what is out of range is nobody's.
         num_experts: `E`.
+        backend: `torch` sorts; `triton` counts, scans and scatters. The same plan.
 
     Raises:
         ValueError: indices of another shape or dtype, or out of range.
@@ -120,13 +147,21 @@ def make_plan(indices_NK: Tensor, num_experts: int) -> RoutingPlan:
         raise ValueError(
             f"indices: expected int64 of shape [N, K], found {indices_NK.dtype} of shape {list(indices_NK.shape)}"
         )
+    indices_NK = indices_NK.contiguous()
     flat_S = indices_NK.flatten()
-    if flat_S.device.type == "cpu" and not torch.compiler.is_compiling() and flat_S.numel():
-        low, high = flat_S.aminmax()
-        if low < 0 or high > num_experts:
-            raise ValueError(f"indices: expected numbers in [0, {num_experts}], found {int(low)} to {int(high)}")
+    if flat_S.device.type == "cpu":
+        if not torch.compiler.is_compiling() and flat_S.numel():
+            low, high = flat_S.aminmax()
+            if low < 0 or high > num_experts:
+                raise ValueError(f"indices: expected numbers in [0, {num_experts}], found {int(low)} to {int(high)}")
+    elif backend == "torch":
+        flat_S = torch.where((flat_S < 0) | (flat_S > num_experts), num_experts, flat_S)
+    if backend == "triton":
+        from . import triton_routing
+
+        return RoutingPlan(indices_NK, *triton_routing.plan(flat_S, num_experts))
     sorted_S, order_S = flat_S.sort(stable=True)
     position_S = torch.empty_like(order_S)
-    position_S[order_S] = torch.arange(len(order_S), device=order_S.device)
+    position_S[order_S] = torch.arange(order_S.shape[0], device=order_S.device)
     bounds = torch.arange(num_experts + 1, device=flat_S.device, dtype=flat_S.dtype)
-    return RoutingPlan(order_S, position_S, torch.searchsorted(sorted_S, bounds), indices_NK.shape[1])
+    return RoutingPlan(indices_NK, order_S, position_S, torch.searchsorted(sorted_S, bounds))

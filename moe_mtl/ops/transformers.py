@@ -11,9 +11,11 @@ Shapes: `N` tokens, `D` width, `K` experts chosen per token.
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.activations import GELUActivation, GELUTanh, ReLUSquaredActivation, SiLUActivation
 from transformers.integrations.moe import ExpertsInterface
 
+from .activations import GATED, Activation
 from .experts import expert_mlp
 
 NAME = "moe_mtl"
@@ -44,11 +46,30 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
         down.mT if experts.is_transposed else down,
         top_k_index,
         top_k_weights,
-        # The model's own function knows how gate and up lie in one row, and what is clamped.
-        activation=experts._apply_gate if experts.has_gate else experts.act_fn,
+        activation=_activation(experts),
         b_up_EP=getattr(experts, f"{kind}_bias") if experts.has_bias else None,
         b_down_EO=experts.down_proj_bias if experts.has_bias else None,
     )
+
+
+def _activation(experts: Any) -> str | Activation:
+    """The name of what stands between the layers, which the kernels fuse; or the model's own function.
+
+    Only that one knows how gate and up lie in a row of its own making, and what is clamped.
+    """
+    name = _name(getattr(experts, "act_fn", None))
+    if not experts.has_gate:
+        return name or experts.act_fn
+    plain = getattr(type(experts)._apply_gate, "__name__", "") == "_default_apply_gate"
+    return next((gate for gate, inner in GATED.items() if plain and inner == name), None) or experts._apply_gate
+
+
+def _name(function: Any) -> str | None:
+    if isinstance(function, nn.GELU | GELUTanh | GELUActivation):
+        tanh = isinstance(function, GELUTanh) or getattr(function, "approximate", "none") == "tanh"
+        return "gelu_tanh" if tanh else "gelu"
+    known = {nn.SiLU: "silu", SiLUActivation: "silu", nn.ReLU: "relu", ReLUSquaredActivation: "relu2"}
+    return known.get(type(function))
 
 
 ExpertsInterface.register(NAME, experts_forward)

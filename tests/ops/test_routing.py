@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from moe_mtl.ops import make_plan, route
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def logits(n: int = 9, e: int = 7, seed: int = 0) -> torch.Tensor:
     return torch.randn(n, e, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -115,3 +117,42 @@ def test_plan(experts: int, k: int, tokens: int, seed: int) -> None:
 def test_bad_indices(indices: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_plan(indices, 4)
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 40), st.integers(0, 2**30))
+def test_the_kernels_make_the_same_plan(experts: int, k: int, tokens: int, seed: int) -> None:
+    pytest.importorskip("triton")
+    indices = torch.randint(0, experts + 1, (tokens, k), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    same_plan(indices, experts)
+
+
+@pytest.mark.parametrize("experts", [3, 130])
+def test_the_kernels_make_the_same_plan_of_several_blocks(experts: int) -> None:
+    pytest.importorskip("triton")
+    same_plan(torch.randint(0, experts + 1, (700, 3), generator=torch.Generator().manual_seed(0)).to(DEVICE), experts)
+
+
+def same_plan(indices: torch.Tensor, experts: int) -> None:
+    expected, found = make_plan(indices, experts), make_plan(indices, experts, "triton")
+    for name in ("indices_NK", "order_S", "position_S", "offsets"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    for rows in (16, 64):
+        for a, b in zip(found.tiles(rows, "triton"), expected.tiles(rows), strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 60), st.sampled_from([1, 4, 16]), st.integers(0, 2**30))
+def test_tiles_hold_each_place_of_an_expert_once_and_no_other(
+    experts: int, k: int, tokens: int, rows: int, seed: int
+) -> None:
+    indices = torch.randint(0, experts + 1, (tokens, k), generator=torch.Generator().manual_seed(seed))
+    plan = make_plan(indices, experts)
+    found: list[tuple[int, int]] = []
+    for expert, start in zip(*(t.tolist() for t in plan.tiles(rows)), strict=True):
+        if expert < experts:
+            found += [(expert, place) for place in range(start, min(start + rows, int(plan.offsets[expert + 1])))]
+    offsets = plan.offsets.tolist()
+    assert found == [(e, place) for e in range(experts) for place in range(offsets[e], offsets[e + 1])]
