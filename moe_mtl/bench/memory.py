@@ -1,13 +1,45 @@
-"""Peak memory of one contender, in a process of its own: `python -m moe_mtl.bench.memory JSON`."""
+"""Peak memory: of one call in this process, or of one contender in its own, `python -m moe_mtl.bench.memory JSON`."""
 
+import ctypes
 import dataclasses
 import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from .work import Shape
+
+
+def peak_of_call(call: Callable[[], object], device: str = "cpu") -> int | None:
+    """Bytes that a call holds at its peak beyond what is held before it, after one call to warm up.
+
+    On a CPU from the kernel's high-water mark of the process, so only on Linux; None elsewhere.
+    """
+    import torch
+
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if sys.platform != "linux":
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, else the call would take it unseen
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
 
 
 def peak_memory(contender: str, shape: Shape, rows: int, batch_size: int, seed: int, threads: int) -> dict[str, int]:

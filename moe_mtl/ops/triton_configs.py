@@ -6,12 +6,16 @@ while a model runs.
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import torch
+
+from ..files import write_atomically
 
 TABLE = Path(__file__).with_name("triton_table.json")
 Kernel = Literal["first_layer", "linear", "hidden_grad", "outer"]
@@ -37,6 +41,9 @@ class Config:
     group: int = 8
 
 
+_forced: dict[str, tuple[Config, set[str]]] = {}
+
+
 def rows_per_tile(num_copies: int, num_experts: int) -> int:
     """The power of two next above the copies of an average expert, from 16 to 128."""
     average = max(1, num_copies // max(num_experts, 1))
@@ -59,12 +66,37 @@ def config_for(
         width, depth: columns of the result, and the length of the sum (of `outer`: the result's rows).
         gated: `first_layer` computes two products at once.
     """
+    if kernel in _forced:
+        config, asked = _forced[kernel]
+        asked.add(shape_class(dtype, rows, width, depth))
+        return config
     if device.type == "cuda":
         measured = _table().get(torch.cuda.get_device_name(device), {})
         found = measured.get(shape_class(dtype, rows, width, depth), {}).get(kernel)
         if found is not None:
             return Config(**found)
     return heuristic(kernel, dtype, rows, width, depth, gated)
+
+
+@contextmanager
+def forced(kernel: Kernel, config: Config) -> Iterator[set[str]]:
+    """Within the block `kernel` takes `config`; yields the shape classes that asked for it. For measurements."""
+    asked: set[str] = set()
+    _forced[kernel] = (config, asked)
+    try:
+        yield asked
+    finally:
+        del _forced[kernel]
+
+
+def remember(device_name: str, found: Mapping[str, Mapping[str, Config]]) -> None:
+    """Adds to the table: shape class -> kernel -> what to take on that device."""
+    table = {name: dict(classes) for name, classes in _table().items()}
+    device = table.setdefault(device_name, {})
+    for shape, kernels in found.items():
+        device[shape] = device.get(shape, {}) | {kernel: asdict(config) for kernel, config in kernels.items()}
+    write_atomically(TABLE, json.dumps(table, indent=1, sort_keys=True) + "\n")
+    _table.cache_clear()
 
 
 def heuristic(kernel: Kernel, dtype: torch.dtype, rows: int, width: int, depth: int, gated: bool = False) -> Config:
