@@ -1,9 +1,10 @@
-"""The expert kernels compiled ahead of time, without a GPU: registers, spills, shared memory, tensor-core instructions.
+"""The kernels compiled ahead of time, without a GPU: registers, spills, shared memory, tensor-core instructions.
 
 Every launch of a forward and backward is recorded on tensors without data and handed to Triton's compiler and NVIDIA's
 assembler, which come in Triton's wheel.
 
-Shapes: `N` tokens, `D` width, `H` hidden width, `E` experts, `K` experts chosen per token.
+Shapes: `N` tokens, `D` width, `H` hidden width, `E` experts, `K` experts or ranks chosen per token, `R` and `P` ranks
+before and after the mix, `T` tasks, `O` output width.
 """
 
 import re
@@ -24,22 +25,27 @@ try:
 except ImportError as error:
     raise ImportError("bench compiled: Triton is not installed; it comes with the extra moe_mtl[triton]") from error
 
-from ..ops import triton_experts
+from ..ops import triton_experts, triton_ranks
 from ..ops.routing import make_plan
 from ..ops.triton_launch import INTERPRETED, Launch, recorded
 from ..ops.weights import ExpertWeights, PerInput
 from .report import aligned, to_stderr, write
 
-# Shared memory of one program, and the instruction of its tensor cores, per compute capability.
+# Shared memory of one program, and the instruction of its tensor cores for tiles of at least 64 rows, per compute
+# capability; lower tiles go through HMMA everywhere.
 TARGETS = {80: (163 * 1024, "HMMA"), 90: (227 * 1024, "HGMMA"), 100: (227 * 1024, "UTC.MMA|HMMA")}
 # E, N, D, H, K: the experts of Qwen3-30B; few tokens per expert; rows that start off 16 bytes.
 SHAPES = ((128, 32768, 2048, 768, 8), (64, 256, 256, 512, 1), (8, 4096, 97, 47, 2))
+# N, D, O, K, T of the rank kernels, and R per dtype; float32, whose tiles differ less, at one: compiling takes seconds.
+RANK_SHAPE = (4096, 4096, 4096, 8, 4)
+RANKS = {"bfloat16": (32, 128), "float16": (32, 128), "float32": (32,)}
 _TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.uint8: "*u8",
 }
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -53,7 +59,7 @@ class Compiled:
         registers: per thread.
         spilled: bytes of a thread's stack.
         shared: bytes of a program's shared memory.
-        tensor_core: instructions of the tensor cores, of the kind `TARGETS` names.
+        tensor_core: instructions of the tensor cores, of the kind `TARGETS` names for tiles of that many rows.
     """
 
     kernel: str
@@ -73,17 +79,21 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):  # as the launcher specialises
+        # None and 1 as the launcher specialises.
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[parameter.name] = "constexpr"
             constants[(place,)] = value
             continue
-        signature[parameter.name] = _TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
-        if isinstance(value, Tensor) or value % 16 == 0:
+        if isinstance(value, Tensor):
+            signature[parameter.name] = _TYPES[value.dtype]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(place,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(launch.kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+        options=launch.options,
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -94,17 +104,18 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     assert found, usage
     registers, stack, local = map(int, found.groups())
     data = next(value for value in launch.arguments.values() if isinstance(value, Tensor))
+    rows = launch.arguments.get("ROWS", 0)
     return Compiled(
         kernel=launch.kernel.fn.__name__,
         capability=capability,
         dtype=str(data.dtype).removeprefix("torch."),
-        rows=launch.arguments.get("ROWS", 0),
+        rows=rows,
         cols=launch.arguments.get("COLS", 0),
         num_warps=launch.num_warps,
         registers=registers,
         spilled=stack + local,
         shared=compiled.metadata.shared,
-        tensor_core=len(re.findall(TARGETS[capability][1], code)),
+        tensor_core=len(re.findall(TARGETS[capability][1] if rows >= 64 else "HMMA", code)),
     )
 
 
@@ -134,17 +145,38 @@ def launches(
     return found
 
 
+def rank_launches(ranks: int, dtype: torch.dtype) -> list[Launch]:
+    """Of an adapter's down-projection, bare and with all there is, then of up-projection and backward."""
+    tokens, width, outputs, selected, tasks = RANK_SHAPE
+
+    def empty(*sizes: int, of: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*sizes, dtype=of, device="meta")
+
+    x_ND, a_RD = empty(tokens, width, of=dtype), empty(ranks, width, of=dtype)
+    b_OP, base_NO = empty(outputs, ranks, of=dtype), empty(tokens, outputs, of=dtype)
+    gate_NP, mix_TPR, bias_P = empty(tokens, ranks), empty(tasks, ranks, ranks), empty(ranks)
+    tasks_N = empty(tokens, of=torch.int64)
+    with recorded() as found:
+        triton_ranks.down(x_ND, a_RD, None, None, None, None, 0.5, 0, False)
+        u_NP, z_NP, chosen_NP = triton_ranks.down(x_ND, a_RD, gate_NP, mix_TPR, bias_P, tasks_N, 0.5, selected, True)
+        triton_ranks.up(z_NP, b_OP, base_NO)
+        triton_ranks.back(base_NO, b_OP, u_NP, gate_NP, chosen_NP, 0.5, True)
+    return found
+
+
 @dataclass(frozen=True)
 class Options:
     """What to compile.
 
     Attributes:
+        parts: of experts (with their routing), ranks.
         capabilities: compute capabilities times ten.
         dtypes: of float32, bfloat16, float16.
-        shapes: places in the list of shapes, counted from 0; all by default.
+        shapes: places in the experts' list of shapes, counted from 0; all by default.
         output: folder for compiled.json.
     """
 
+    parts: tuple[str, ...] = ("experts", "ranks")
     capabilities: tuple[int, ...] = tuple(TARGETS)
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
     shapes: tuple[int, ...] = tuple(range(len(SHAPES)))
@@ -152,6 +184,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, values, known in (
+            ("parts", self.parts, ("experts", "ranks")),
             ("capabilities", self.capabilities, TARGETS),
             ("dtypes", self.dtypes, ("float32", "bfloat16", "float16")),
             ("shapes", self.shapes, range(len(SHAPES))),
@@ -171,17 +204,23 @@ def run(options: Options, progress: Callable[[str], None] = lambda line: None) -
     """
     if INTERPRETED:
         raise RuntimeError("Triton's interpreter is on, which compiles nothing: unset TRITON_INTERPRET")
+    found: list[Launch] = []
+    for dtype in options.dtypes:
+        if "experts" in options.parts:
+            for place in options.shapes:
+                found += launches(SHAPES[place], getattr(torch, dtype))
+        if "ranks" in options.parts:
+            for ranks in RANKS[dtype]:
+                found += rank_launches(ranks, getattr(torch, dtype))
     different: dict[Any, Launch] = {}
-    for place in options.shapes:
-        for dtype in options.dtypes:
-            for launch in launches(SHAPES[place], getattr(torch, dtype)):
-                different.setdefault(_identity(launch), launch)
+    for launch in found:
+        different.setdefault(_identity(launch), launch)
     rows = []
     for capability in options.capabilities:
         for launch in different.values():
-            found = compile_launch(launch, capability)
-            rows.append(asdict(found))
-            progress(f"sm_{capability} {found.kernel}: {found.registers} registers, {found.spilled} bytes spilled")
+            made = compile_launch(launch, capability)
+            rows.append(asdict(made))
+            progress(f"sm_{capability} {made.kernel}: {made.registers} registers, {made.spilled} bytes spilled")
     result = {"bench": "compiled", "options": asdict(options), "triton": triton.__version__, "rows": rows}
     write(result, options.output)
     return result
@@ -211,6 +250,6 @@ def _identity(launch: Launch) -> tuple[Any, ...]:
     arguments = tuple(
         (name, value.dtype if isinstance(value, Tensor) else value)
         for name, value in launch.arguments.items()
-        if name.isupper() or isinstance(value, Tensor)
+        if name.isupper() or value is None or isinstance(value, Tensor)
     )
     return launch.kernel.fn.__name__, arguments, launch.num_warps

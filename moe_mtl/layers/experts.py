@@ -70,13 +70,14 @@ class ExpertBank(nn.Module):
         """`[B, D] -> [E, B, H]` (a view; its memory may be laid out `[B, E, H]`)."""
         weight_EOI, *weights = _tensors(self.weights)
         bias_EO, *biases = _tensors(self.biases)
-        hidden = F.linear(x_BD, weight_EOI.flatten(0, 1), bias_EO.flatten())
+        # Biases are added afterwards: for a product that adds to them, ATen would first write them out for every row.
+        hidden = F.linear(x_BD, weight_EOI.flatten(0, 1)).add_(bias_EO.flatten())
         if self.norm is not None and not weights:
             hidden = self.norm(hidden)
         # Activated before it becomes a view: overwriting a view would make autograd copy the whole of it.
         hidden_EBO = self._activate(hidden).view(-1, self.num_experts, self.dims[0]).transpose(0, 1)
         for layer, (weight_EOI, bias_EO) in enumerate(zip(weights, biases, strict=True), start=1):
-            hidden_EBO = torch.baddbmm(bias_EO.unsqueeze(1), hidden_EBO, weight_EOI.transpose(1, 2))
+            hidden_EBO = torch.bmm(hidden_EBO, weight_EOI.transpose(1, 2)).add_(bias_EO.unsqueeze(1))
             if self.norm is not None and layer == len(weights):
                 normed = self.norm(hidden_EBO.transpose(0, 1).flatten(1))
                 hidden_EBO = normed.view(-1, self.num_experts, self.output_dim).transpose(0, 1)
@@ -102,7 +103,7 @@ class ExpertBank(nn.Module):
 
 def _tensors(parameters: nn.ParameterList) -> list[Tensor]:
     """What the list holds. To iterate over the list itself takes as long as to multiply a row by a layer."""
-    return [parameter for parameter in parameters._parameters.values() if parameter is not None]
+    return list(parameters._parameters.values())  # type: ignore[arg-type]  # none of them is None
 
 
 # ATen multiplies batches of matrices smaller than this with a plain loop, which is the best there is for few of them.

@@ -1,8 +1,9 @@
-"""The fast path of sparse experts: a routing plan, and the experts over it."""
+"""The fast path of sparse experts: a routing plan, and the experts over it; of rank experts too."""
 
 from .activations import ACTIVATIONS, gated
 from .experts import expert_mlp
 from .linear import expert_combine, expert_linear
+from .ranks import rank_experts
 from .routing import RoutingPlan, make_plan, route
 from .transformers import experts_forward
 
@@ -15,5 +16,6 @@ __all__ = [
     "experts_forward",
     "gated",
     "make_plan",
+    "rank_experts",
     "route",
 ]

@@ -10,17 +10,17 @@ what the mix makes of them), `K` of them chosen per token, `T` tasks, `O` output
 """
 
 import contextlib
-import importlib.util
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .experts import _has_triton
+
 RankBackend = Literal["torch", "triton"]
 
 _HALF = (torch.float16, torch.bfloat16)
 _DTYPES = (*_HALF, torch.float32, torch.float64)
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _MAX_RANKS = 128  # of the kernels: all ranks of a token stand in one tile
 
 
@@ -86,7 +86,7 @@ def rank_experts(
     dtype = x_ND.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    backend = _backend(backend, x_ND, dtype, *b_OP.shape[1:], *a_RD.shape[:1])
+    backend = _backend(backend, x_ND, max(len(a_RD), b_OP.shape[1]))
     with _no_autocast(device):
         return _RankExperts.apply(
             x_ND.to(dtype),
@@ -168,31 +168,27 @@ def _check(
             raise ValueError(f"{name}: expected a tensor on {x_ND.device}, found one on {tensor.device}")
 
 
-def _backend(asked: RankBackend | None, x_ND: Tensor, dtype: torch.dtype, *ranks: int) -> RankBackend:
+def _backend(asked: RankBackend | None, x_ND: Tensor, ranks: int) -> RankBackend:
     if asked not in (None, "torch", "triton"):
         raise ValueError(f"backend: expected torch or triton, found {asked!r}")
-    if asked == "torch" or (asked is None and not (x_ND.is_cuda and _HAS_TRITON)):
+    if asked == "torch" or (asked is None and not x_ND.is_cuda):
         return "torch"
-    refusal = None
-    if dtype == torch.float64:
-        refusal = "triton has no float64, torch has"
-    elif max(ranks) > _MAX_RANKS:
-        refusal = f"triton takes at most {_MAX_RANKS} ranks, found {max(ranks)}: use torch"
-    elif not _HAS_TRITON:
-        refusal = "the package triton is not installed: use torch"
-    elif not x_ND.is_cuda and not _interpreted():
-        refusal = f"triton computes on CUDA, found tensors on {x_ND.device}: use torch"
-    if refusal is None:
+    reason = _why_not_triton(x_ND, ranks)
+    if reason is None:
         return "triton"
     if asked is None:
         return "torch"
-    raise ValueError(f"backend: {refusal}")
+    raise ValueError(f"backend triton: {reason}; backend='torch' computes the same")
 
 
-def _interpreted() -> bool:
-    from . import triton_ranks
+def _why_not_triton(x_ND: Tensor, ranks: int) -> str | None:
+    if not _has_triton():
+        return "Triton is not installed; it comes with the extra moe_mtl[triton]"
+    if ranks > _MAX_RANKS:
+        return f"the kernels take at most {_MAX_RANKS} ranks, found {ranks}"
+    from .triton_launch import why_not
 
-    return triton_ranks.INTERPRETED
+    return why_not(x_ND)
 
 
 def _no_autocast(device: str) -> contextlib.AbstractContextManager:

@@ -106,14 +106,14 @@ def heuristic(kernel: Kernel, dtype: torch.dtype, rows: int, width: int, depth: 
             return Config(64, 32, 16, 8, 2)
         return Config(rows, 16 if dtype == torch.float32 or kernel == "hidden_grad" else 32, 16, 8, 2)
     if dtype == torch.float32:  # no tensor cores at full precision: small tiles
-        return Config(64 if kernel == "outer" else rows, 32 if gated else 64, 32, 8, 2)
+        return Config(64 if kernel == "outer" else rows, 32 if gated else 64, 32, 4 if kernel == "linear" else 8, 2)
     if kernel == "outer":
         return Config(128, 128 if width > 64 else 64, 64, 8, 3)
     cols = min(128 if rows >= 64 else 64, max(32, 1 << (width - 1).bit_length()))
     if gated:
         cols = min(cols, 64)
-    size = rows * cols
-    return Config(rows, cols, 64, 8 if size > 64 * 64 else 4 if size > 16 * 64 else 2, 3)
+    few = kernel == "linear" and rows == 16
+    return Config(rows, cols, 64, 2 if few else 8 if rows * cols > 64 * 64 else 4, 3)
 
 
 @cache

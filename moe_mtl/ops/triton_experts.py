@@ -842,7 +842,7 @@ def combine(y_SO: Tensor, tiles: Tiled, weights_NK: Tensor | None) -> Tensor:
     plan, width = tiles.plan, y_SO.shape[1]
     tokens = len(plan.indices_NK)
     out_NO = y_SO.new_empty(tokens, width)
-    rows, cols = 8, min(256, max(16, triton.next_power_of_2(width)))
+    rows, cols = 4, min(256, max(16, triton.next_power_of_2(width)))
     if tokens and width:
         launch(
             combine_kernel,

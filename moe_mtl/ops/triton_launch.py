@@ -23,6 +23,12 @@ class Launch:
     num_warps: int
     num_stages: int
 
+    @property
+    def options(self) -> dict[str, int]:
+        """For the compiler. Left alone the assembler spills two registers of a small kernel to save ten."""
+        registers = {"maxnreg": 255} if self.num_warps <= 4 else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **registers}
+
 
 _recorded: list[Launch] | None = None
 
@@ -31,14 +37,15 @@ def launch(
     kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], *, num_warps: int = 4, num_stages: int = 3
 ) -> None:
     """Starts `kernel` on the device of its tensors."""
+    one = Launch(kernel, grid, arguments, num_warps, num_stages)
     if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, arguments, num_warps, num_stages))
+        _recorded.append(one)
     elif INTERPRETED:
         kernel[grid](**arguments)
     else:
         device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
         with torch.cuda.device(device):
-            kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+            kernel[grid](**arguments, **one.options)
 
 
 @contextmanager

@@ -15,6 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_configs import Config
+from .triton_launch import INTERPRETED, launch
+
 
 @triton.jit
 def _project(
@@ -23,23 +26,23 @@ def _project(
     n,
     c,
     N,
-    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
     COLUMNS: tl.constexpr,
-    STRIDE_W: tl.constexpr,
+    STRIDE_D: tl.constexpr,
     STRIDE_C: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """The tile at rows `n` and columns `c` of `[N, WIDTH]` times `[WIDTH, COLUMNS]`, in float32."""
+    """The tile at rows `n` and columns `c` of `[N, DEPTH]` times `[DEPTH, COLUMNS]`, in float32."""
     acc = tl.zeros([n.shape[0], c.shape[1]], tl.float32)
-    for at in range(0, WIDTH, BLOCK_W):
-        w = at + tl.arange(0, BLOCK_W)
-        w_row = w[None, :]
-        w_col = w[:, None]
-        rows = tl.load(rows_ptr + n.to(tl.int64) * WIDTH + w_row, mask=(n < N) & (w_row < WIDTH), other=0.0)
-        weight = tl.load(w_ptr + w_col * STRIDE_W + c * STRIDE_C, mask=(w_col < WIDTH) & (c < COLUMNS), other=0.0)
-        if UPCAST:
+    for at in range(0, DEPTH, BLOCK_D):
+        d = at + tl.arange(0, BLOCK_D)
+        d_row = d[None, :]
+        d_col = d[:, None]
+        rows = tl.load(rows_ptr + n.to(tl.int64) * DEPTH + d_row, mask=(n < N) & (d_row < DEPTH), other=0.0)
+        weight = tl.load(w_ptr + d_col * STRIDE_D + c * STRIDE_C, mask=(d_col < DEPTH) & (c < COLUMNS), other=0.0)
+        if UPCAST:  # the interpreter multiplies the bits of bfloat16 as integers
             rows = rows.to(tl.float32)
             weight = weight.to(tl.float32)
         acc = tl.dot(rows, weight, acc, input_precision=PRECISION)
@@ -47,13 +50,13 @@ def _project(
 
 
 @triton.jit
-def _largest(key, P: tl.constexpr, K: tl.constexpr, BLOCK_P: tl.constexpr):
+def _largest(key, P: tl.constexpr, K: tl.constexpr, COLS: tl.constexpr):
     """Marks each row's `K` largest, the lower rank first among equals."""
-    p = tl.arange(0, BLOCK_P)[None, :]
+    p = tl.arange(0, COLS)[None, :]
     bits = (key + 0.0).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as integers in the order of the floats
     none = -(1 << 62)
-    packed = tl.where(p < P, order.to(tl.int64) * 256 + (BLOCK_P - 1 - p), none)  # no two alike
+    packed = tl.where(p < P, order.to(tl.int64) * 256 + (COLS - 1 - p), none)  # no two alike
     left = packed
     for _ in range(K):
         best = tl.max(left, 1)
@@ -62,7 +65,7 @@ def _largest(key, P: tl.constexpr, K: tl.constexpr, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def _down_kernel(
+def rank_down_kernel(
     x_ptr,
     a_ptr,
     gate_ptr,
@@ -80,23 +83,23 @@ def _down_kernel(
     T: tl.constexpr,
     K: tl.constexpr,
     RENORMALISE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     r = tl.arange(0, BLOCK_R)[None, :]
-    p = tl.arange(0, BLOCK_P)[None, :]
+    p = tl.arange(0, COLS)[None, :]
     at = n.to(tl.int64) * P + p
     inside = (n < N) & (p < P)
-    u = _project(x_ptr, a_ptr, n, r, N, D, R, 1, D, BLOCK_W, PRECISION, UPCAST)
+    u = _project(x_ptr, a_ptr, n, r, N, D, R, 1, D, BLOCK_D, PRECISION, UPCAST)
     tl.store(h_ptr + n.to(tl.int64) * R + r, u, mask=(n < N) & (r < R))
     if mix_ptr is not None:
         h = u
-        u = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+        u = tl.zeros([ROWS, COLS], tl.float32)
         task = tl.load(tasks_ptr + n, mask=n < N, other=-1)
         r_col = tl.arange(0, BLOCK_R)[:, None]
         for t in range(T):
@@ -111,7 +114,7 @@ def _down_kernel(
     if K > 0:
         if bias_ptr is not None:
             key += tl.load(bias_ptr + p, mask=p < P, other=0.0)
-        chosen = _largest(key, P, K, BLOCK_P)
+        chosen = _largest(key, P, K, COLS)
         tl.store(chosen_ptr + at, chosen.to(tl.uint8), mask=inside)
         z *= chosen.to(tl.float32)
         if RENORMALISE:
@@ -123,7 +126,7 @@ def _down_kernel(
 
 
 @triton.jit
-def _up_kernel(
+def rank_up_kernel(
     z_ptr,
     b_ptr,
     base_ptr,
@@ -131,15 +134,15 @@ def _up_kernel(
     N,
     O: tl.constexpr,  # noqa: E741
     P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)[None, :]
-    y = _project(z_ptr, b_ptr, n, o, N, P, O, 1, P, BLOCK_W, PRECISION, UPCAST)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    o = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
+    y = _project(z_ptr, b_ptr, n, o, N, P, O, 1, P, BLOCK_D, PRECISION, UPCAST)
     at = n.to(tl.int64) * O + o
     inside = (n < N) & (o < O)
     if base_ptr is not None:
@@ -148,7 +151,7 @@ def _up_kernel(
 
 
 @triton.jit
-def _back_kernel(
+def rank_back_kernel(
     grad_ptr,
     b_ptr,
     u_ptr,
@@ -162,15 +165,15 @@ def _back_kernel(
     O: tl.constexpr,  # noqa: E741
     P: tl.constexpr,
     RENORMALISE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-    p = tl.arange(0, BLOCK_P)[None, :]
-    dz = scale * _project(grad_ptr, b_ptr, n, p, N, O, P, P, 1, BLOCK_W, PRECISION, UPCAST)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    p = tl.arange(0, COLS)[None, :]
+    dz = scale * _project(grad_ptr, b_ptr, n, p, N, O, P, P, 1, BLOCK_D, PRECISION, UPCAST)
     at = n.to(tl.int64) * P + p
     inside = (n < N) & (p < P)
     u = tl.load(u_ptr + at, mask=inside, other=0.0)
@@ -196,7 +199,7 @@ def _back_kernel(
     tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), mask=inside)
 
 
-INTERPRETED = not isinstance(_up_kernel, triton.JITFunction)
+# --- launchers ---
 
 
 def down(
@@ -218,29 +221,33 @@ def down(
     z_NP = x_ND.new_empty(rows, out_ranks)
     chosen_NP = x_ND.new_empty((rows, out_ranks) if num_selected else (0,), dtype=torch.bool)
     if rows:
-        options = projection(rows, max(ranks, out_ranks), x_ND.dtype)
-        _down_kernel[(triton.cdiv(rows, options["BLOCK_N"]),)](
-            x_ND.contiguous(),
-            a_RD.contiguous(),
-            _float(gate_NP),
-            _float(mix_TPR),
-            _float(bias_P),
-            None if tasks_N is None else tasks_N.contiguous(),
-            h_NR,
-            z_NP,
-            chosen_NP.view(torch.uint8),
-            scale,
-            rows,
-            D=width,
-            R=ranks,
-            P=out_ranks,
-            T=tasks,
-            K=num_selected,
-            RENORMALISE=renormalise,
-            BLOCK_R=block(ranks),
-            BLOCK_P=block(out_ranks),
-            **options,
-            **_arithmetic(),
+        config = projection(rows, ranks, out_ranks, x_ND.dtype)
+        launch(
+            rank_down_kernel,
+            (triton.cdiv(rows, config.rows),),
+            {
+                "x_ptr": x_ND.contiguous(),
+                "a_ptr": a_RD.contiguous(),
+                "gate_ptr": _float(gate_NP),
+                "mix_ptr": _float(mix_TPR),
+                "bias_ptr": _float(bias_P),
+                "tasks_ptr": None if tasks_N is None else tasks_N.contiguous(),
+                "h_ptr": h_NR,
+                "z_ptr": z_NP,
+                "chosen_ptr": chosen_NP.view(torch.uint8),
+                "scale": scale,
+                "N": rows,
+                "D": width,
+                "R": ranks,
+                "P": out_ranks,
+                "T": tasks,
+                "K": num_selected,
+                "RENORMALISE": renormalise,
+                "BLOCK_R": block(ranks),
+                **_tile(config, x_ND.dtype),
+            },
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )
     return h_NR, z_NP, chosen_NP
 
@@ -249,17 +256,22 @@ def up(z_NP: Tensor, b_OP: Tensor, base_NO: Tensor | None) -> Tensor:
     (rows, ranks), outputs = z_NP.shape, len(b_OP)
     out_NO = z_NP.new_empty(rows, outputs)
     if rows and outputs:
-        options = expansion(rows, ranks, z_NP.dtype)
-        _up_kernel[(triton.cdiv(rows, options["BLOCK_N"]), triton.cdiv(outputs, options["BLOCK_O"]))](
-            z_NP.contiguous(),
-            b_OP.contiguous(),
-            None if base_NO is None else base_NO.contiguous(),
-            out_NO,
-            rows,
-            O=outputs,
-            P=ranks,
-            **options,
-            **_arithmetic(),
+        config = expansion(rows, ranks, z_NP.dtype)
+        launch(
+            rank_up_kernel,
+            (triton.cdiv(rows, config.rows), triton.cdiv(outputs, config.cols)),
+            {
+                "z_ptr": z_NP.contiguous(),
+                "b_ptr": b_OP.contiguous(),
+                "base_ptr": None if base_NO is None else base_NO.contiguous(),
+                "out_ptr": out_NO,
+                "N": rows,
+                "O": outputs,
+                "P": ranks,
+                **_tile(config, z_NP.dtype),
+            },
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )
     return out_NO
 
@@ -278,49 +290,54 @@ def back(
     z_NP = u_NP.new_empty(rows, ranks, dtype=grad_NO.dtype)
     dgate_NP = u_NP.new_empty((rows, ranks) if gate_NP is not None else (0,))
     if rows:
-        options = projection(rows, ranks, grad_NO.dtype)
-        _back_kernel[(triton.cdiv(rows, options["BLOCK_N"]),)](
-            grad_NO.contiguous(),
-            b_OP.contiguous(),
-            u_NP.contiguous(),
-            _float(gate_NP),
-            None if chosen_NP is None else chosen_NP.view(torch.uint8),
-            du_NP,
-            z_NP,
-            dgate_NP,
-            scale,
-            rows,
-            O=len(b_OP),
-            P=ranks,
-            RENORMALISE=renormalise,
-            BLOCK_P=block(ranks),
-            **options,
-            **_arithmetic(),
+        config = projection(rows, ranks, ranks, grad_NO.dtype)
+        launch(
+            rank_back_kernel,
+            (triton.cdiv(rows, config.rows),),
+            {
+                "grad_ptr": grad_NO.contiguous(),
+                "b_ptr": b_OP.contiguous(),
+                "u_ptr": u_NP.contiguous(),
+                "gate_ptr": _float(gate_NP),
+                "chosen_ptr": None if chosen_NP is None else chosen_NP.view(torch.uint8),
+                "du_ptr": du_NP,
+                "z_ptr": z_NP,
+                "dgate_ptr": dgate_NP,
+                "scale": scale,
+                "N": rows,
+                "O": len(b_OP),
+                "P": ranks,
+                "RENORMALISE": renormalise,
+                **_tile(config, grad_NO.dtype),
+            },
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )
     return du_NP, z_NP, dgate_NP
 
 
-def projection(rows: int, ranks: int, dtype: torch.dtype) -> dict[str, int]:
+def projection(rows: int, ranks: int, out_ranks: int, dtype: torch.dtype) -> Config:
     """Tiles of the kernels that read long rows: low ones, so that all processors of a GPU have rows to read."""
-    half = dtype.itemsize == 2
-    return {
-        "BLOCK_N": 16 if rows <= 2048 or ranks > 64 else 32,
-        "BLOCK_W": 128 if half else 32,
-        "num_warps": 4 if half and ranks <= 64 else 8,
-        "num_stages": 3,
-    }
+    half, narrow = dtype.itemsize == 2, max(ranks, out_ranks) <= 64
+    return Config(
+        rows=16 if rows <= 2048 or not narrow else 32,
+        cols=block(out_ranks),
+        depth=128 if half else 32,
+        num_warps=4 if half and narrow else 8,
+        num_stages=3,
+    )
 
 
-def expansion(rows: int, ranks: int, dtype: torch.dtype) -> dict[str, int]:
+def expansion(rows: int, ranks: int, dtype: torch.dtype) -> Config:
     """Tiles of the kernel that writes long rows; small ones for float32, whose operands stand in registers."""
     half = dtype.itemsize == 2
-    return {
-        "BLOCK_N": 16 if rows <= 16 else 64 if half else 32,
-        "BLOCK_O": 128 if half else 64,
-        "BLOCK_W": block(ranks) if half else 16,
-        "num_warps": 8 if half else 4,
-        "num_stages": 1,
-    }
+    return Config(
+        rows=16 if rows <= 16 else 64 if half else 32,
+        cols=128 if half else 64,
+        depth=block(ranks) if half else 16,
+        num_warps=8 if half else 4,
+        num_stages=1,
+    )
 
 
 def block(ranks: int) -> int:
@@ -331,9 +348,11 @@ def _float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float().contiguous()
 
 
-def _arithmetic() -> dict[str, object]:
-    """The interpreter multiplies bfloat16 as integers, hence the cast."""
+def _tile(config: Config, dtype: torch.dtype) -> dict[str, object]:
     return {
+        "ROWS": config.rows,
+        "COLS": config.cols,
+        "BLOCK_D": config.depth,
         "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-        "UPCAST": INTERPRETED,
+        "UPCAST": INTERPRETED and dtype == torch.bfloat16,
     }

@@ -417,6 +417,7 @@ def test_refuses(changes: dict, message: str) -> None:
         rank_experts(**inputs | changes)
 
 
+@needs_triton
 def test_triton_refuses_what_it_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(inputs: dict) -> str:
         with pytest.raises(ValueError, match="backend triton: ") as info:

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 import moe_mtl.ops  # noqa: F401 - registers the experts function
+from moe_mtl.ops.transformers import _activation as activation_of
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -67,6 +68,50 @@ def test_logits_and_gradients_are_those_of_the_eager_path(name: str) -> None:
     assert sum("experts" in key for key in found) >= 2
     for key, tensor in expected.items():
         torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max()), msg=key)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
+def test_through_the_kernels_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One model whose activation they fuse, one that brings its own function."""
+    pytest.importorskip("triton")
+    asked: list[str] = []
+    monkeypatch.setattr("moe_mtl.ops.experts.default_backend", lambda device: asked.append("triton") or "triton")
+    expected, found = run(build(name, "eager")), run(build(name, "moe_mtl"))
+    assert asked
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max()), msg=key)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_torch_compile(name: str) -> None:
+    torch.compiler.reset()
+    expected, model = run(build(name, "moe_mtl")), build(name, "moe_mtl")
+    experts = [module for module in model.modules() if hasattr(module, "has_gate")]
+    assert len(experts) == 2
+    for module in experts:
+        module.compile(fullgraph=True, backend="aot_eager")
+    found = run(model)
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max()), msg=key)
+
+
+def test_torch_compile_of_a_whole_model() -> None:
+    torch.compiler.reset()
+    expected, model = run(build("qwen3_moe", "moe_mtl")), build("qwen3_moe", "moe_mtl")
+    model.compile(backend="aot_eager")
+    found = run(model)
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max()), msg=key)
+
+
+def test_what_the_kernels_fuse_is_known_by_name() -> None:
+    names = {
+        name: [activation_of(module) for module in build(name, "moe_mtl").modules() if hasattr(module, "has_gate")]
+        for name in CONFIGS
+    }
+    assert set(names["mixtral"] + names["qwen3_moe"]) == {"swiglu"}
+    assert set(names["nemotron_h"]) == {"relu2"}
+    assert all(callable(found) for found in names["gpt_oss"])
 
 
 def test_gradient_checkpointing() -> None:
