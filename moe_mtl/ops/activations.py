@@ -10,19 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Activation = Callable[[Tensor], Tensor]
-Backward = Callable[[Tensor, Tensor], Tensor]
+Backward = Callable[[Tensor, Tensor, Tensor], object]
 _aten = torch.ops.aten
 
-# Each with its backward: gradient of what leaves, and what entered, to the gradient of what entered.
+
+def _relu2_backward(grad_SH: Tensor, pre_SH: Tensor, out_SH: Tensor) -> object:
+    return torch.mul(grad_SH, F.relu(pre_SH).mul_(2), out=out_SH)
+
+
+# Each with its backward, which writes: gradient of what leaves, what entered, and where its gradient goes.
 PLAIN: dict[str, tuple[Activation, Backward]] = {
-    "relu": (F.relu, lambda grad_SH, pre_SH: _aten.threshold_backward(grad_SH, pre_SH, 0)),
-    "relu2": (lambda pre_SH: F.relu(pre_SH).square(), lambda grad_SH, pre_SH: 2 * grad_SH * F.relu(pre_SH)),
-    "gelu": (F.gelu, lambda grad_SH, pre_SH: _aten.gelu_backward(grad_SH, pre_SH)),
+    "relu": (F.relu, lambda grad, pre, out: _aten.threshold_backward(grad, pre, 0, grad_input=out)),
+    "relu2": (lambda pre_SH: F.relu(pre_SH).square(), _relu2_backward),
+    "gelu": (F.gelu, lambda grad, pre, out: _aten.gelu_backward(grad, pre, grad_input=out)),
     "gelu_tanh": (
         lambda pre_SH: F.gelu(pre_SH, approximate="tanh"),
-        lambda grad_SH, pre_SH: _aten.gelu_backward(grad_SH, pre_SH, approximate="tanh"),
+        lambda grad, pre, out: _aten.gelu_backward(grad, pre, approximate="tanh", grad_input=out),
     ),
-    "silu": (F.silu, lambda grad_SH, pre_SH: _aten.silu_backward(grad_SH, pre_SH)),
+    "silu": (F.silu, lambda grad, pre, out: _aten.silu_backward(grad, pre, grad_input=out)),
 }
 GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
 
@@ -54,18 +59,23 @@ def activate_for_backward(activation: str | Activation, pre_SP: Tensor) -> tuple
             entered_SP = pre_SP.detach().requires_grad_()
             left_SH = activation(entered_SP)
         return left_SH.detach(), lambda grad_SH: torch.autograd.grad(left_SH, entered_SP, grad_SH)[0]
+    dpre_SP = torch.empty_like(pre_SP)
     if activation not in GATED:
         forward, backward = PLAIN[activation]
-        return forward(pre_SP), lambda grad_SH: backward(grad_SH, pre_SP)
+
+        def through(grad_SH: Tensor) -> Tensor:
+            backward(grad_SH, pre_SP, dpre_SP)
+            return dpre_SP
+
+        return forward(pre_SP), through
     forward, backward = PLAIN[GATED[activation]]
     gate_SH, up_SH = pre_SP.chunk(2, dim=-1)
     activated_SH = forward(gate_SH)
 
     def through_gate(grad_SH: Tensor) -> Tensor:
-        dpre_SP = torch.empty_like(pre_SP)
         dgate_SH, dup_SH = dpre_SP.chunk(2, dim=-1)
         torch.mul(grad_SH, activated_SH, out=dup_SH)
-        dgate_SH.copy_(backward(grad_SH * up_SH, gate_SH))
+        backward(grad_SH * up_SH, gate_SH, dgate_SH)
         return dpre_SP
 
     return activated_SH * up_SH, through_gate

@@ -77,25 +77,17 @@ def expert_mlp(
     backend = choose_backend(backend, fallback, x_ND)
     if backend == "torch":
         return _loop(x_ND, w, indices_NK, weights_NK, activation)
-    if isinstance(activation, str):
-        kept = torch.is_grad_enabled() and not recompute
-        needs_grad = any(t is not None and t.requires_grad for t in (x_ND, weights_NK, *w.named().values()))
-        out_NO, *_ = _expert_mlp(
-            x_ND,
-            weights_NK,
-            *(w.up_EPD, w.down_EOH, w.gate_EHD, w.b_up_EP, w.b_down_EO, w.b_gate_EH),
-            indices_NK.contiguous(),
-            activation,
-            backend,
-            kept and needs_grad,
-        )
-        return out_NO
-    if torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
+        plan = make_plan(indices_NK, len(w_up_EPD), "triton" if backend == "triton" else "torch")
+        return _ExpertMLP.apply(x_ND, weights_NK, *_tensors(w), plan, activation, backend, not recompute)
+    if not isinstance(activation, str):
         from .linear import composed
 
         return composed(x_ND, w, make_plan(indices_NK, len(w_up_EPD)), weights_NK, activation, backend)
-    plan = make_plan(indices_NK, len(w_up_EPD), "triton" if backend == "triton" else "torch")
-    return _ByFunction.apply(x_ND, weights_NK, *_tensors(w), plan, activation, backend, not recompute)
+    keep = torch.is_grad_enabled() and not recompute
+    keep = keep and any(t is not None and t.requires_grad for t in (x_ND, weights_NK, *_tensors(w)))
+    inputs = (x_ND, weights_NK, *_tensors(w), indices_NK.contiguous())
+    return _expert_mlp(*inputs, activation, backend, keep)[0]
 
 
 def default_backend(device: torch.device) -> Backend:
@@ -227,7 +219,7 @@ def _loop(
     return out_NO
 
 
-# --- a named activation: operators, so that torch.compile and torch.export keep a graph whole ---
+# --- in graphs: operators, so that torch.compile and torch.export keep them whole ---
 
 
 @torch.library.custom_op("moe_mtl::expert_mlp", mutates_args=())
@@ -356,10 +348,10 @@ def _backward(ctx: Any, grad_NO: Tensor | None, *_: Any) -> tuple[Tensor | None,
 _expert_mlp.register_autograd(_backward, setup_context=_setup)
 
 
-# --- any function as activation: an operator cannot take one ---
+# --- without a graph to trace, where operators would take longer than small products ---
 
 
-class _ByFunction(torch.autograd.Function):
+class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -372,7 +364,7 @@ class _ByFunction(torch.autograd.Function):
         b_down_EO: Tensor | None,
         b_gate_EH: Tensor | None,
         plan: RoutingPlan,
-        activation: Activation,
+        activation: str | Activation,
         backend: str,
         keep: bool,
     ) -> Tensor:

@@ -19,15 +19,9 @@ def forward(
     x_ND: Tensor, weights_NK: Tensor, w: ExpertWeights, plan: RoutingPlan, activation: str | Activation, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`[N, O]`, and what enters the activation, `[S, P]`, where `keep`."""
-    tokens_S = placed(plan.tokens_S, plan)
-    pre_SP = _first_layer(x_ND[tokens_S], w, plan)
+    pre_SP = _first_layer(x_ND.index_select(0, placed(plan.tokens_S, plan)), w, plan)
     y_SO = _linear(activate(activation, pre_SP), w.down_EOH, w.b_down_EO, plan)
-    y_NKO = at_copies(y_SO, plan).unflatten(0, (-1, plan.num_selected))
-    if weights_NK.dtype == y_NKO.dtype:
-        out_NO = torch.bmm(weights_NK.unsqueeze(1), y_NKO).squeeze(1)
-    else:  # routers give float32 weights
-        out_NO = (y_NKO * weights_NK.unsqueeze(-1)).sum(1).to(y_NKO.dtype)
-    return out_NO, _all_places(pre_SP, plan) if keep else None
+    return combine(y_SO, plan, weights_NK), _all_places(pre_SP, plan) if keep else None
 
 
 def backward(
@@ -42,10 +36,10 @@ def backward(
 ) -> PerInput[Tensor | None]:
     """Gradients of what `needs` asks for; `pre_SP` is computed again where it was not kept."""
     tokens_S, order_S = placed(plan.tokens_S, plan), placed(plan.order_S, plan)
-    rows_SD = x_ND[tokens_S]
+    rows_SD = x_ND.index_select(0, tokens_S)
     kept_SP = _first_layer(rows_SD, w, plan) if pre_SP is None else placed(pre_SP, plan)
-    grad_SO = grad_NO[tokens_S]
-    weights_S1 = weights_NK.flatten()[order_S].unsqueeze(-1)
+    grad_SO = grad_NO.index_select(0, tokens_S)
+    weights_S1 = weights_NK.flatten().index_select(0, order_S).unsqueeze(-1)
     h_SH, to_pre = activate_for_backward(activation, kept_SP)
     dh_SH = grouped_mm(grad_SO, w.down_EOH, plan)  # before the weight
     found = no_gradients()
@@ -63,7 +57,7 @@ def backward(
         found.b_down = _sums((grad_SO * weights_S1).to(grad_SO.dtype), plan)
     if not (needs.x or needs.gate or needs.up or needs.b_gate or needs.b_up):
         return found
-    dpre_SP = to_pre((dh_SH * weights_S1).to(h_SH.dtype))
+    dpre_SP = to_pre(dh_SH.mul_(weights_S1))
     if w.gate_EHD is None:
         if needs.up:
             found.up = outer(dpre_SP, rows_SD, plan)
@@ -78,7 +72,7 @@ def backward(
         found.b_up = _sums(dup_SH, plan) if needs.b_up else None
         dx_SD = grouped_mm(dgate_SH, w.gate_EHD, plan).add_(grouped_mm(dup_SH, w.up_EPD, plan)) if needs.x else None
     if dx_SD is not None:
-        found.x = at_copies(dx_SD, plan).unflatten(0, (-1, plan.num_selected)).sum(1)
+        found.x = combine(dx_SD, plan)
     return found
 
 
@@ -90,33 +84,51 @@ def linear_forward(rows: Tensor, w_EPD: Tensor, plan: RoutingPlan, by_token: boo
 def linear_backward(
     grad_SP: Tensor, rows: Tensor, w_EPD: Tensor, plan: RoutingPlan, by_token: bool, needs_rows: bool, needs_w: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    grad_SP = grad_SP[placed(plan.order_S, plan)]
+    grad_SP = grad_SP.index_select(0, placed(plan.order_S, plan))
     drows = dw_EPD = None
     if needs_rows:
-        drows = at_copies(grouped_mm(grad_SP, w_EPD, plan), plan)
-        if by_token:
-            drows = drows.unflatten(0, (-1, plan.num_selected)).sum(1)
+        drows = grouped_mm(grad_SP, w_EPD, plan)
+        drows = combine(drows, plan) if by_token else at_copies(drows, plan)
     if needs_w:
         dw_EPD = outer(grad_SP, _rows_of(rows, plan, by_token), plan)
     return drows, dw_EPD
 
 
 def _rows_of(rows: Tensor, plan: RoutingPlan, by_token: bool) -> Tensor:
-    return rows[placed(plan.tokens_S if by_token else plan.order_S, plan)]
+    return rows.index_select(0, placed(plan.tokens_S if by_token else plan.order_S, plan))
 
 
 def placed(rows_S: Tensor, plan: RoutingPlan) -> Tensor:
     """Without what stands behind the last expert: nobody here computes that."""
-    return rows_S[: int(plan.offsets[-1])]
+    return rows_S[: plan.num_placed]
 
 
 def at_copies(y_SO: Tensor, plan: RoutingPlan) -> Tensor:
     """From places back to copies; 0 for copies that nobody here computed."""
-    return _all_places(y_SO, plan)[plan.position_S]
+    return _all_places(y_SO, plan).index_select(0, plan.position_S)
+
+
+def combine(y_SO: Tensor, plan: RoutingPlan, weights_NK: Tensor | None = None) -> Tensor:
+    """`[N, O]`: the (weighted) sum over a token's copies, of rows at places. In float32 at least.
+
+    Choice by choice, each gathered, weighted and added in one go: all copies are never laid out side by side.
+    """
+    y_SO = _all_places(y_SO, plan)
+    wide = torch.promote_types(y_SO.dtype, torch.float32)
+    out_NO = None
+    for k, position_N in enumerate(plan.position_S.view(-1, plan.num_selected).unbind(1)):
+        y_NO = y_SO.index_select(0, position_N).to(wide)
+        weight_N1 = None if weights_NK is None else weights_NK[:, k : k + 1].to(wide)
+        if out_NO is None:
+            out_NO = y_NO if weight_N1 is None else y_NO.mul_(weight_N1)
+        else:
+            out_NO = out_NO.add_(y_NO) if weight_N1 is None else out_NO.addcmul_(y_NO, weight_N1)
+    assert out_NO is not None  # a plan has one choice at least
+    return out_NO.to(y_SO.dtype)
 
 
 def _all_places(rows_SO: Tensor, plan: RoutingPlan) -> Tensor:
-    missing = len(plan.order_S) - len(rows_SO)
+    missing = len(plan.order_S) - plan.num_placed
     return torch.cat([rows_SO, rows_SO.new_zeros(missing, rows_SO.shape[1])]) if missing else rows_SO
 
 

@@ -4,6 +4,7 @@ Shapes: `N` tokens, `E` experts, `K` experts chosen per token, `S = N K` routed 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -94,17 +95,22 @@ class RoutingPlan:
     def num_selected(self) -> int:
         return self.indices_NK.shape[1]
 
-    @property
+    @cached_property
     def tokens_S(self) -> Tensor:
         """Of each place the token that stands there."""
         return self.order_S // self.num_selected
 
-    @property
+    @cached_property
     def ends_E(self) -> Tensor:
         """Where each expert's copies end, as torch's grouped products want it: int32."""
         return self.offsets[1:].to(torch.int32)
 
-    @property
+    @cached_property
+    def num_placed(self) -> int:
+        """Copies that an expert here computes. The host waits for the device to know it."""
+        return int(self.offsets[-1])
+
+    @cached_property
     def counts_E(self) -> Tensor:
         """Copies of each expert: int64."""
         return self.offsets.diff()
