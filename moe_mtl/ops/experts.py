@@ -240,7 +240,7 @@ def _expert_mlp(
     """The output, what enters the activation (empty unless `keep`), and the plan's three tensors."""
     w = ExpertWeights(w_up_EPD, w_down_EOH, w_gate_EHD, b_up_EP, b_down_EO, b_gate_EH)
     plan = make_plan(indices_NK, len(w_up_EPD), "triton" if backend == "triton" else "torch")
-    out_NO, pre_SP = engine(backend).forward(x_ND, weights_NK, w, plan, activation, keep)
+    out_NO, pre_SP = engine(backend).forward(x_ND, weights_NK, w, plan, activation, keep, in_graph=True)
     return out_NO, x_ND.new_empty(0) if pre_SP is None else pre_SP, plan.order_S, plan.position_S, plan.offsets
 
 
@@ -294,7 +294,8 @@ def _expert_mlp_backward(
     """Gradients in the order of `PerInput`, empty where not needed."""
     w = ExpertWeights(w_up_EPD, w_down_EOH, w_gate_EHD, b_up_EP, b_down_EO, b_gate_EH)
     plan = RoutingPlan(indices_NK, order_S, position_S, offsets)
-    found = engine(backend).backward(grad_NO, x_ND, pre_SP, weights_NK, w, plan, activation, PerInput(*needs))
+    given = (grad_NO, x_ND, pre_SP, weights_NK, w, plan, activation, PerInput(*needs))
+    found = engine(backend).backward(*given, in_graph=True)
     return [x_ND.new_empty(0) if t is None else t.contiguous() for t in found.values()]
 
 

@@ -876,9 +876,15 @@ def halves(pre_SP: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
 
 
 def forward(
-    x_ND: Tensor, weights_NK: Tensor, w: ExpertWeights, plan: RoutingPlan, activation: str | Activation, keep: bool
+    x_ND: Tensor,
+    weights_NK: Tensor,
+    w: ExpertWeights,
+    plan: RoutingPlan,
+    activation: str | Activation,
+    keep: bool,
+    in_graph: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`[N, O]`, and what enters the activation, `[S, P]`, where `keep`."""
+    """`[N, O]`, and what enters the activation, `[S, P]`, where `keep`. In a graph all is as without one."""
     tiles = tiled(plan, x_ND)
     x_ND = _rows(x_ND)
     pre_SP, h_SH = _hidden(x_ND, w, activation, tiles, keep)
@@ -895,6 +901,7 @@ def backward(
     plan: RoutingPlan,
     activation: str | Activation,
     needs: PerInput[bool],
+    in_graph: bool = False,
 ) -> PerInput[Tensor | None]:
     """Gradients of what `needs` asks for; `pre_SP` is computed again where it was not kept."""
     tiles = tiled(plan, x_ND)

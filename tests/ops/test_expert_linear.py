@@ -42,7 +42,7 @@ def gradients(out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
 
 def compare(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a.double().cpu(), b, rtol=0, atol=tolerance * float(b.abs().max()))
+        torch.testing.assert_close(a.double().cpu(), b, rtol=0, atol=tolerance * float(b.detach().abs().max()))
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_mtl.ops import ACTIVATIONS, expert_mlp, gated
+from moe_mtl.ops import ACTIVATIONS, expert_mlp, gated, grouped, make_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["torch", "grouped", "triton"]
@@ -298,7 +298,7 @@ def test_only_the_gradients_that_are_asked_for(backend: str) -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("activation", ["swiglu", gated(F.silu)])
 def test_what_is_kept_for_the_backward(backend: str, recompute: bool, activation) -> None:
-    """Beside inputs and the plan what enters the activation, S P numbers: no gathered tokens, hidden units, outputs."""
+    """Beside inputs and the plan what enters the activation: no gathered tokens, hidden units, outputs."""
     inputs = on_device(make(64, 16, 24, 4, 2), torch.float32)
     inputs = {n: t.requires_grad_() if t.is_floating_point() else t for n, t in inputs.items()}
     known = {tensor.data_ptr() for tensor in inputs.values()}
@@ -311,7 +311,49 @@ def test_what_is_kept_for_the_backward(backend: str, recompute: bool, activation
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         expert_mlp(**inputs, activation=activation, backend=backend, recompute=recompute)
-    assert sum(saved.values()) == (0 if recompute else 128 * 48)
+    slots = 4 * int(inputs["indices_NK"].flatten().bincount().max())
+    rows = slots if backend == "grouped" else 128
+    assert sum(saved.values()) == (0 if recompute else rows * 48)
+
+
+@pytest.mark.parametrize("nobody", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
+)
+def test_rows_one_after_the_other_or_in_slots(
+    nobody: bool, biased: bool, apart: bool, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Widths of 16 bytes, as torch's grouped product wants them, and one more."""
+    for width, hidden in ((16, 8), (5, 3)):
+        inputs = make(40, width, hidden, 4, 2, out=width)
+        if nobody:
+            inputs["indices_NK"][::3, 1] = 4
+        if not biased:
+            inputs.pop("b_up_EP"), inputs.pop("b_down_EO")
+        expected = with_gradients(lambda **t: equation("swiglu", **t), inputs)
+        if apart:
+            for whole, half in (("w_up_EPD", "w_gate_EHD"), ("b_up_EP", "b_gate_EH")):
+                if whole in inputs:
+                    inputs[half], inputs[whole] = inputs[whole].chunk(2, dim=1)
+                    expected[half], expected[whole] = expected[whole].chunk(2, dim=1)
+        for most in (0, 10**6):
+            monkeypatch.setattr(grouped, "SLOTS_PER_COPY", 0)
+            monkeypatch.setattr(grouped, "FEW_SLOTS", most)
+            plan = make_plan(inputs["indices_NK"], 4)
+            assert isinstance(grouped.lay_out(plan), grouped.Slots) == (most > 0)
+            found = with_gradients(lambda **t: expert_mlp(**t, backend="grouped"), on_device(inputs, dtype))
+            close(found, expected, tolerance)
+
+
+def test_a_skewed_router_gets_no_slots() -> None:
+    """All copies to one of many experts would ask for as many slots for each of them."""
+    skewed, even = torch.zeros(4096, 1, dtype=torch.int64), torch.arange(4096).view(-1, 1) % 64
+    assert not isinstance(grouped.lay_out(make_plan(skewed, 64)), grouped.Slots)
+    assert isinstance(grouped.lay_out(make_plan(even, 64)), grouped.Slots)
+    assert not isinstance(grouped.lay_out(make_plan(even, 64), in_graph=True), grouped.Slots)
+    assert not isinstance(grouped.lay_out(make_plan(skewed + 64, 64)), grouped.Slots)  # nobody here has any
 
 
 @pytest.mark.parametrize(
