@@ -19,6 +19,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "BENCHMARKS.md", "model_cards/README.md
 SKIPPED = {
     "make": "tests/test_demo.py runs the demo; this is the test",
     "moe-mtl bench tabular": "needs the census file and the peers; tests/bench/test_tabular.py reads its options",
+    "moe-mtl bench compiled": "takes minutes; tests/ops/test_compiled.py runs it",
     "moe-mtl bench trees": "needs the census file and LightGBM; tests/cards/test_external.py runs it on digits",
 }
 # What is added to a command so that it takes seconds.
@@ -26,6 +27,7 @@ SMALLER = {
     "moe-mtl train": "--train.epochs 1 --model.num_experts 2 --model.expert_dims [4]",
     "moe-mtl bench synthetic": "--draws 2 --rows 256 --learning-rates 1e-3",
     "moe-mtl bench kernels": "--shapes 0 --rounds 1 --slice-seconds 0",
+    "moe-mtl bench ranks": "--shapes 0 --rounds 1 --slice-seconds 0 --kinds lora",
 }
 
 

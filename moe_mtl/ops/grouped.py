@@ -18,9 +18,11 @@ from .activations import Activation, activate, activate_for_backward
 from .routing import RoutingPlan
 from .weights import ExpertWeights, PerInput, no_gradients
 
-# Slots may be this many times the copies, or this many in all: what a skewed router asks for is not allocated.
+# Slots may be this many times the copies, or this many in all: what a skewed router asks for is not allocated. And
+# an expert with this many rows keeps all threads busy by itself.
 SLOTS_PER_COPY = 2
 FEW_SLOTS = 1024
+MANY_ROWS = 256
 
 
 class Places:
@@ -122,7 +124,7 @@ def lay_out(plan: RoutingPlan, in_graph: bool = False) -> Places:
         return Places(plan)
     slots = int(plan.counts_E.max())
     most = max(SLOTS_PER_COPY * plan.num_placed, FEW_SLOTS)
-    return Slots(plan, slots) if slots * plan.num_experts <= most else Places(plan)
+    return Slots(plan, slots) if slots * plan.num_experts <= most and slots < MANY_ROWS else Places(plan)
 
 
 def forward(
@@ -172,6 +174,7 @@ def backward(
         found.down = rows.outer(grad_RO, (h_RH * weights_R1).to(grad_RO.dtype))
     if needs.b_down:
         found.b_down = rows.sums((grad_RO * weights_R1).to(grad_RO.dtype))
+    del grad_RO, h_RH  # what follows is the peak of memory
     if not (needs.x or needs.gate or needs.up or needs.b_gate or needs.b_up):
         return found
     dpre_RP = to_pre(dh_RH.mul_(weights_R1))

@@ -353,6 +353,7 @@ def test_a_skewed_router_gets_no_slots() -> None:
     assert not isinstance(grouped.lay_out(make_plan(skewed, 64)), grouped.Slots)
     assert isinstance(grouped.lay_out(make_plan(even, 64)), grouped.Slots)
     assert not isinstance(grouped.lay_out(make_plan(even, 64), in_graph=True), grouped.Slots)
+    assert not isinstance(grouped.lay_out(make_plan(even % 8, 8)), grouped.Slots)  # 512 rows each
     assert not isinstance(grouped.lay_out(make_plan(skewed + 64, 64)), grouped.Slots)  # nobody here has any
 
 
