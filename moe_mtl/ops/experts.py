@@ -15,7 +15,8 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from . import grouped
 from .activations import ACTIVATIONS, GATED, Activation, activate
@@ -52,8 +53,8 @@ def expert_mlp(
         w_down_EOH: second layers, `[E, O, H]`; any strides.
         indices_NK: int64, each in `[0, E]`; `E` is nobody here, and adds nothing.
         weights_NK: float weights of the chosen experts; differentiable.
-        activation: a name of `ACTIVATIONS`, or a function `[S, P] -> [S, H]` that treats each row by itself. Only
-            names are fused into the kernels.
+        activation: a name of `ACTIVATIONS`, or a function `[S, P] -> [S, H]` that treats each row by itself and has no
+            parameters of its own. Only names are fused into the kernels.
         w_gate_EHD: the gate's first layers where they are a tensor of their own, of the strides of `w_up_EPD`.
         b_up_EP, b_down_EO, b_gate_EH: biases.
         recompute: keep nothing of width `P` for the backward; it computes the first layer once more.
@@ -70,6 +71,8 @@ def expert_mlp(
     """
     if isinstance(activation, str) and activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)} or a function, found {activation!r}")
+    if isinstance(activation, nn.Module) and any(p.requires_grad for p in activation.parameters()):
+        raise ValueError("activation: expected one without parameters to train, they would get no gradient")
     w = ExpertWeights(w_up_EPD, w_down_EOH, w_gate_EHD, b_up_EP, b_down_EO, b_gate_EH)
     x_ND, *tensors = under_autocast(x_ND, *_tensors(w))
     w = ExpertWeights(*tensors)
@@ -377,6 +380,7 @@ class _ExpertMLP(torch.autograd.Function):
         return out_NO
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, weights_NK, pre_SP, *tensors = ctx.saved_tensors
         found = engine(ctx.backend).backward(

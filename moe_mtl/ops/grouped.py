@@ -38,8 +38,13 @@ class Places:
         self.copies_R = plan.order_S[: plan.num_placed]
         self.position_S = plan.position_S
 
-    def weights_R1(self, weights_NK: Tensor) -> Tensor:
-        return weights_NK.flatten().index_select(0, self.copies_R).unsqueeze(-1)
+    def of_copies(self, x_SD: Tensor) -> Tensor:
+        """Of each row what belongs to its copy."""
+        return x_SD.index_select(0, self.copies_R)
+
+    def of_tokens(self, x_ND: Tensor) -> Tensor:
+        """Of each row what belongs to its token."""
+        return x_ND.index_select(0, self.copies_R // self.plan.num_selected)
 
     def product(self, x_RD: Tensor, w_EDP: Tensor) -> Tensor:
         """Each expert's rows times its matrix: `[R, D], [E, D, P] -> [R, P]`."""
@@ -78,25 +83,30 @@ class Places:
 
 
 class Slots(Places):
-    """The same number of rows for every expert; what it does not need repeats its first row with weight 0."""
+    """The same number of rows for every expert; those that it does not need are zeros, and so are their weights."""
 
     def __init__(self, plan: RoutingPlan, slots: int) -> None:
         self.plan, self.slots = plan, slots
         starts_E1 = plan.offsets[:-1].unsqueeze(1)
         slot_C = torch.arange(slots, device=starts_E1.device)
-        self.real_EC = slot_C < plan.counts_E.unsqueeze(1)
-        places_EC = torch.where(self.real_EC, starts_E1 + slot_C, starts_E1.clamp_max(plan.num_placed - 1))
+        real_EC = slot_C < plan.counts_E.unsqueeze(1)
+        self.empty_R1 = ~real_EC.view(-1, 1)
+        places_EC = torch.where(real_EC, starts_E1 + slot_C, 0)
         self.copies_R = plan.order_S.index_select(0, places_EC.flatten())
         experts_S = plan.indices_NK.flatten()
         self.position_S = experts_S * slots + plan.position_S - plan.offsets.index_select(0, experts_S)
 
-    def weights_R1(self, weights_NK: Tensor) -> Tensor:
-        return super().weights_R1(weights_NK) * self.real_EC.view(-1, 1)
+    def of_copies(self, x_SD: Tensor) -> Tensor:
+        # Zeros, not any row with weight 0: what is infinite there would become NaN here.
+        return super().of_copies(x_SD).masked_fill_(self.empty_R1, 0)
+
+    def of_tokens(self, x_ND: Tensor) -> Tensor:
+        return super().of_tokens(x_ND).masked_fill_(self.empty_R1, 0)
 
     def product(self, x_RD: Tensor, w_EDP: Tensor) -> Tensor:
         if x_RD.dtype == torch.float32 and w_EDP.stride(2) != 1 and _torch_takes(x_RD, w_EDP):
             # In single precision the batched product is slow with matrices that are turned.
-            ends_E = torch.arange(1, len(w_EDP) + 1, dtype=torch.int32) * self.slots
+            ends_E = torch.arange(1, len(w_EDP) + 1, dtype=torch.int32, device=x_RD.device) * self.slots
             return F.grouped_mm(x_RD, w_EDP, offs=ends_E)
         return torch.bmm(self._by_expert(x_RD), w_EDP).flatten(0, 1)
 
@@ -138,9 +148,10 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """`[N, O]`, and what enters the activation where `keep`: `[R, P]`, in a graph `[S, P]`."""
     rows = lay_out(plan, in_graph)
-    pre_RP = _first_layer(_tokens(x_ND, rows), w, rows)
+    pre_RP = _first_layer(rows.of_tokens(x_ND), w, rows)
     y_RO = _linear(activate(activation, pre_RP), w.down_EOH, w.b_down_EO, rows)
-    kept_RP = _with_nobodys(pre_RP, plan) if in_graph else pre_RP
+    # A graph is told of S dense rows; torch's grouped product may leave gaps between them.
+    kept_RP = _with_nobodys(pre_RP, plan).contiguous() if in_graph else pre_RP
     return combine(y_RO, rows, weights_NK), kept_RP if keep else None
 
 
@@ -157,8 +168,8 @@ def backward(
 ) -> PerInput[Tensor | None]:
     """Gradients of what `needs` asks for; `pre_RP` is computed again where it was not kept."""
     rows = lay_out(plan, in_graph)
-    x_RD, grad_RO = _tokens(x_ND, rows), _tokens(grad_NO, rows)
-    weights_R1 = rows.weights_R1(weights_NK)
+    x_RD, grad_RO = rows.of_tokens(x_ND), rows.of_tokens(grad_NO)
+    weights_R1 = rows.of_copies(weights_NK.reshape(-1, 1))
     pre_RP = _first_layer(x_RD, w, rows) if pre_RP is None else pre_RP[: len(x_RD)]
     h_RH, to_pre = activate_for_backward(activation, pre_RP)
     dh_RH = rows.product(grad_RO, w.down_EOH)  # before the weight
@@ -199,7 +210,7 @@ def backward(
 def linear_forward(x: Tensor, w_EPD: Tensor, plan: RoutingPlan, by_token: bool) -> Tensor:
     """`[S, P]` at copies, from the row of each copy or of its token; 0 for nobody."""
     rows = lay_out(plan)
-    x_RD = _tokens(x, rows) if by_token else x.index_select(0, rows.copies_R)
+    x_RD = rows.of_tokens(x) if by_token else rows.of_copies(x)
     return at_copies(rows.product(x_RD, w_EPD.transpose(1, 2)), rows)
 
 
@@ -207,16 +218,13 @@ def linear_backward(
     grad_SP: Tensor, x: Tensor, w_EPD: Tensor, plan: RoutingPlan, by_token: bool, needs_x: bool, needs_w: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     rows = lay_out(plan)
-    # No weights here to make nothing of the slots that stand empty.
-    grad_RP = grad_SP.index_select(0, rows.copies_R)
-    if isinstance(rows, Slots):
-        grad_RP = grad_RP * rows.real_EC.view(-1, 1)
+    grad_RP = rows.of_copies(grad_SP)
     dx = dw_EPD = None
     if needs_x:
         dx_RD = rows.product(grad_RP, w_EPD)
         dx = combine(dx_RD, rows) if by_token else at_copies(dx_RD, rows)
     if needs_w:
-        dw_EPD = rows.outer(grad_RP, _tokens(x, rows) if by_token else x.index_select(0, rows.copies_R))
+        dw_EPD = rows.outer(grad_RP, rows.of_tokens(x) if by_token else rows.of_copies(x))
     return dx, dw_EPD
 
 
@@ -244,10 +252,6 @@ def combine(y_RO: Tensor, rows: Places, weights_NK: Tensor | None = None) -> Ten
     return out_NO.to(y_RO.dtype)
 
 
-def _tokens(x_ND: Tensor, rows: Places) -> Tensor:
-    return x_ND.index_select(0, rows.copies_R // rows.plan.num_selected)
-
-
 def _with_nobodys(rows_RO: Tensor, plan: RoutingPlan) -> Tensor:
     """With rows of zeros for the copies that nobody here computes."""
     missing = len(plan.order_S) - plan.num_placed
@@ -267,10 +271,12 @@ def _linear(x_RD: Tensor, w_EPD: Tensor, b_EP: Tensor | None, rows: Places) -> T
 
 
 def _torch_takes(*operands: Tensor) -> bool:
-    """Whether torch's grouped product takes them: not float64, rows of a multiple of 16 bytes."""
-    return all(
-        t.dtype != torch.float64
-        and t.data_ptr() % 16 == 0
-        and all(stride == 1 or stride * t.itemsize % 16 == 0 for stride in t.stride())
-        for t in operands
-    )
+    """Whether torch's grouped product takes them: not float64, dense one way, a multiple of 16 bytes the other."""
+    for t in operands:
+        strides = list(t.stride())
+        if t.dtype == torch.float64 or t.data_ptr() % 16 or 1 not in strides[-2:]:
+            return False
+        strides.remove(1)
+        if any(stride * t.itemsize % 16 for stride in strides):
+            return False
+    return True

@@ -91,7 +91,7 @@ def expert_combine(
     # Before the product, where the rows are narrower than after it.
     weighted_SH = (h_NKH * weights_NK.unsqueeze(-1)).to(h_NKH.dtype).flatten(0, 1)
     y_SO = _grouped(weighted_SH, w_EOH, plan, False, choose_backend(backend, fallback, h_NKH))
-    return y_SO.unflatten(0, plan.indices_NK.shape).sum(1)
+    return y_SO.unflatten(0, plan.indices_NK.shape).sum(1).to(y_SO.dtype)  # autocast sums in float32
 
 
 def composed(

@@ -160,8 +160,9 @@ def make_plan(indices_NK: Tensor, num_experts: int, backend: PlanBackend = "torc
             low, high = flat_S.aminmax()
             if low < 0 or high > num_experts:
                 raise ValueError(f"indices: expected numbers in [0, {num_experts}], found {int(low)} to {int(high)}")
-    elif backend == "torch":
-        flat_S = torch.where((flat_S < 0) | (flat_S > num_experts), num_experts, flat_S)
+    else:
+        indices_NK = torch.where((indices_NK < 0) | (indices_NK > num_experts), num_experts, indices_NK)
+        flat_S = indices_NK.flatten()
     if backend == "triton":
         from . import triton_routing
 

@@ -585,7 +585,7 @@ class Tiled:
         self.plan, self.rows = plan, rows
         self.tile_expert_T, self.tile_start_T = plan.tiles(rows, "triton")
         self.device, self.dtype = like.device, like.dtype
-        self.precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        self.precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
     @property
     def num_tiles(self) -> int:
@@ -888,7 +888,7 @@ def forward(
     tiles = tiled(plan, x_ND)
     x_ND = _rows(x_ND)
     pre_SP, h_SH = _hidden(x_ND, w, activation, tiles, keep)
-    y_SO = linear(h_SH, w.down_EOH.transpose(1, 2), tiles, b_EP=w.b_down_EO)
+    y_SO = linear(h_SH, w.down_EOH.transpose(1, 2), tiles, b_EP=_packed(w.b_down_EO))
     return combine(y_SO, tiles, weights_NK), pre_SP
 
 
@@ -907,7 +907,7 @@ def backward(
     tiles = tiled(plan, x_ND)
     x_ND, grad_NO, weights_NK = _rows(x_ND), _rows(grad_NO), weights_NK.contiguous()
     if pre_SP is None:
-        pre_SP, _ = _hidden(x_ND, w, activation, tiles, keep=True)
+        pre_SP = _hidden(x_ND, w, activation, tiles, keep=True)[0]
         assert pre_SP is not None
     gated = w.gate_EHD is not None or activation in GATED
     if isinstance(activation, str):
@@ -927,6 +927,7 @@ def backward(
         found.weights = dweights_NK.to(weights_NK.dtype)
     if needs.down:
         found.down = outer(grad_NO, weighted_SH, torch.empty_like(w.down_EOH), tiles, a_by=BY_TOKEN)
+    del weighted_SH, pre_SP
     if needs.b_down:
         found.b_down = sums(grad_NO, tiles, rows_by=BY_TOKEN, weights_NK=weights_NK)
     if w.gate_EHD is None:
@@ -972,6 +973,11 @@ def linear_backward(
     return drows, dw_EPD
 
 
+def _packed(b_EP: Tensor | None) -> Tensor | None:
+    """As the kernels read biases: rows one after the other."""
+    return None if b_EP is None else b_EP.contiguous()
+
+
 def _rows(x: Tensor) -> Tensor:
     """With the elements of a row side by side, as every kernel reads them."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
@@ -986,9 +992,9 @@ def _hidden(
             gate_EHD, up_EHD = up_EHD.chunk(2, dim=1)
             if b_up_EH is not None:
                 b_gate_EH, b_up_EH = b_up_EH.chunk(2, dim=1)
-        return first_layer(x_ND, gate_EHD, up_EHD, b_gate_EH, b_up_EH, activation, tiles, keep)
+        return first_layer(x_ND, gate_EHD, up_EHD, _packed(b_gate_EH), _packed(b_up_EH), activation, tiles, keep)
     # A function of the caller's own: its rows come and go through memory.
-    pre_SP = linear(x_ND, w.up_EPD.transpose(1, 2), tiles, rows_by=BY_TOKEN, to=BY_PLACE, b_EP=w.b_up_EP)
+    pre_SP = linear(x_ND, w.up_EPD.transpose(1, 2), tiles, rows_by=BY_TOKEN, to=BY_PLACE, b_EP=_packed(w.b_up_EP))
     return pre_SP if keep else None, _rows(activation(pre_SP))
 
 

@@ -353,6 +353,6 @@ def _tile(config: Config, dtype: torch.dtype) -> dict[str, object]:
         "ROWS": config.rows,
         "COLS": config.cols,
         "BLOCK_D": config.depth,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         "UPCAST": INTERPRETED and dtype == torch.bfloat16,
     }

@@ -402,3 +402,58 @@ def test_what_triton_cannot_do_is_said_and_left_to_grouped_only_when_asked() -> 
     expected = expert_mlp(**inputs, backend="grouped")
     assert torch.equal(expert_mlp(**inputs, backend="triton", fallback=True), expected)
     assert torch.equal(expert_mlp(**inputs), expected)  # nobody asked for triton
+
+
+@pytest.mark.parametrize("backend", ["grouped", "triton"])
+def test_biases_and_weights_of_any_strides(backend: str) -> None:
+    dtype, tolerance = EXACT[backend]
+    inputs = on_device(make(9, 8, 4, 3, 2), dtype)
+    expected = expert_mlp(**inputs, backend="torch")
+    turned = dict(inputs)
+    for name in ("b_up_EP", "b_down_EO"):
+        turned[name] = inputs[name].t().contiguous().t()
+    for name in ("w_up_EPD", "w_down_EOH"):  # the experts innermost
+        turned[name] = inputs[name].permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    torch.testing.assert_close(expert_mlp(**turned, backend=backend), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_is_given_only_what_its_grouped_product_takes(dtype: torch.dtype) -> None:
+    """Places: 300 tokens to one expert. A width of one, experts innermost: torch would raise."""
+    for width in (1, 8):
+        inputs = on_device(make(300, width, 8, 2, 1), dtype)
+        inputs["indices_NK"] = torch.zeros(300, 1, dtype=torch.int64, device=DEVICE)
+        inputs["w_up_EPD"] = inputs["w_up_EPD"].permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        assert not isinstance(grouped.lay_out(make_plan(inputs["indices_NK"], 2)), grouped.Slots)
+        expected = expert_mlp(**inputs, backend="torch")
+        found = expert_mlp(**inputs, backend="grouped")
+        torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE[dtype] * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("backend", ["grouped", "triton"])
+def test_what_is_infinite_stays_with_the_experts_that_saw_it(backend: str) -> None:
+    inputs = on_device(make(9, 8, 4, 3, 1), torch.float32)
+    inputs["indices_NK"] = torch.tensor([[0], [2], [2], [2], [0], [2], [0], [2], [2]], device=DEVICE)
+    inputs["x_ND"][0] = float("inf")
+    found = with_gradients(lambda **t: expert_mlp(**t, backend=backend), inputs)
+    for name in ("w_up_EPD", "w_down_EOH", "b_up_EP", "b_down_EO"):
+        assert not found[name][1].any(), name  # no token
+        assert found[name][2].isfinite().all(), name
+    assert found["out"][1:].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["grouped", "triton"])
+def test_a_second_derivative_is_refused(backend: str) -> None:
+    inputs = on_device(make(5, 8, 4, 3, 1), torch.float32)
+    inputs["x_ND"].requires_grad_()
+    inputs["w_up_EPD"].requires_grad_()
+    out = expert_mlp(**inputs, backend=backend)
+    (grad,) = torch.autograd.grad(out.square().sum(), inputs["x_ND"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_an_activation_with_parameters_is_refused() -> None:
+    inputs = make(5, 8, 4, 3, 1, "gelu")
+    with pytest.raises(ValueError, match="activation: expected one without parameters to train"):
+        expert_mlp(**on_device(inputs, torch.float32), activation=torch.nn.PReLU(device=DEVICE))

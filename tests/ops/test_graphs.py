@@ -77,6 +77,14 @@ def test_export_with_any_number_of_tokens(activation) -> None:
     assert any("moe_mtl" in str(node.target) for node in program.graph.nodes)
 
 
+def test_what_is_kept_has_no_gaps() -> None:
+    """Rows of 24 bytes, between which torch's grouped product leaves room."""
+    x, up, down = (torch.randn(*shape).bfloat16() for shape in ((5, 64), (4, 12, 64), (4, 8, 6)))
+    indices, weights = torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
+    given = (x, weights, up, down, None, None, None, None, indices, "swiglu", "grouped", True)
+    assert _expert_mlp(*given)[1].stride() == (12, 1)
+
+
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("backend", ["grouped", "triton"])
