@@ -421,10 +421,10 @@ def test_biases_and_weights_of_any_strides(backend: str) -> None:
 def test_torch_is_given_only_what_its_grouped_product_takes(dtype: torch.dtype) -> None:
     """Places: 300 tokens to one expert. A width of one, experts innermost: torch would raise."""
     for width in (1, 8):
-        inputs = on_device(make(300, width, 8, 2, 1), dtype)
+        inputs = on_device(make(300, width, 8, 8, 1), dtype)
         inputs["indices_NK"] = torch.zeros(300, 1, dtype=torch.int64, device=DEVICE)
         inputs["w_up_EPD"] = inputs["w_up_EPD"].permute(1, 2, 0).contiguous().permute(2, 0, 1)
-        assert not isinstance(grouped.lay_out(make_plan(inputs["indices_NK"], 2)), grouped.Slots)
+        assert not isinstance(grouped.lay_out(make_plan(inputs["indices_NK"], 8)), grouped.Slots)
         expected = expert_mlp(**inputs, backend="torch")
         found = expert_mlp(**inputs, backend="grouped")
         torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE[dtype] * float(expected.abs().max()))
