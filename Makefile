@@ -20,7 +20,7 @@ demo: $(INSTALLED)
 # oldest Triton too, whose interpreter wants an older numpy.
 test: $(INSTALLED) $(VENV)/triton-3.6 lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
-	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/python -m pytest -n 2 --dist loadfile tests/ops
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/python -m pytest -n 2 --dist loadfile tests/ops -k "triton or kernels or compiled"
 
 $(VENV)/triton-3.6: $(INSTALLED)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0 numpy==2.3.5
