@@ -29,7 +29,7 @@ from ..ops import triton_experts, triton_ranks
 from ..ops.routing import make_plan
 from ..ops.triton_launch import INTERPRETED, Launch, recorded
 from ..ops.weights import ExpertWeights, PerInput
-from .report import aligned, to_stderr, write
+from .report import aligned, require_known, to_stderr, write
 
 # Shared memory of one program, and the instruction of its tensor cores for tiles of at least 64 rows, per compute
 # capability; lower tiles go through HMMA everywhere.
@@ -183,14 +183,9 @@ class Options:
     output: str | None = None
 
     def __post_init__(self) -> None:
-        for name, values, known in (
-            ("parts", self.parts, ("experts", "ranks")),
-            ("capabilities", self.capabilities, TARGETS),
-            ("dtypes", self.dtypes, ("float32", "bfloat16", "float16")),
-            ("shapes", self.shapes, range(len(SHAPES))),
-        ):
-            if not values or set(values) - set(known):
-                raise ValueError(f"{name}: expected some of {', '.join(map(str, known))}, found {list(values)}")
+        parts, dtypes = ("experts", "ranks"), ("float32", "bfloat16", "float16")
+        known = {"parts": parts, "capabilities": TARGETS, "dtypes": dtypes, "shapes": range(len(SHAPES))}
+        require_known(self, known)
 
 
 def run(options: Options, progress: Callable[[str], None] = lambda line: None) -> dict[str, Any]:

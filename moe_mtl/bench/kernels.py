@@ -23,7 +23,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 import moe_mtl.ops  # noqa: F401 - registers our experts function
 
 from .memory import peak_of_call
-from .report import aligned, to_stderr, write
+from .report import aligned, require_known, to_stderr, write
 from .timing import alternate, torch_threads
 
 TRANSFORMERS = ("eager", "grouped_mm", "batched_mm")
@@ -82,13 +82,9 @@ class Options:
     output: str | None = None
 
     def __post_init__(self) -> None:
-        for name, values, known in (
-            ("dtypes", self.dtypes, ("float32", "bfloat16", "float16")),
-            ("parts", self.parts, ("forward", "full")),
-            ("shapes", (0,) if self.shapes is None else self.shapes, range(len(GRID))),
-        ):
-            if not values or set(values) - set(known):
-                raise ValueError(f"{name}: expected some of {', '.join(map(str, known))}, found {list(values)}")
+        require_known(self, {"dtypes": ("float32", "bfloat16", "float16"), "parts": ("forward", "full")})
+        if self.shapes is not None:
+            require_known(self, {"shapes": range(len(GRID))})
         if self.rounds < 1:
             raise ValueError(f"rounds: expected at least 1, found {self.rounds}")
         if self.device not in (None, "cpu", "cuda"):

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ..ops.ranks import rank_experts
-from .report import aligned, to_stderr, write
+from .report import aligned, require_known, to_stderr, write
 from .timing import alternate, torch_threads
 
 OURS = "moe_mtl"
+DTYPES = ("float32", "bfloat16", "float16")
 KINDS = ("lora", "gate", "smora", "flylora", "mtl-lora")
 # N, D, O, R, K
 GRID = ((256, 768, 768, 32, 8), (1024, 768, 768, 32, 8), (4096, 768, 768, 32, 8), (4096, 4096, 4096, 32, 8))
@@ -58,14 +59,8 @@ class Options:
     output: str | None = None
 
     def __post_init__(self) -> None:
-        for name, values, known in (
-            ("kinds", self.kinds, KINDS),
-            ("dtypes", self.dtypes, ("float32", "bfloat16", "float16")),
-            ("parts", self.parts, ("forward", "full")),
-            ("shapes", self.shapes, range(len(GRID))),
-        ):
-            if not values or set(values) - set(known):
-                raise ValueError(f"{name}: expected some of {', '.join(map(str, known))}, found {list(values)}")
+        shapes = range(len(GRID))
+        require_known(self, {"kinds": KINDS, "dtypes": DTYPES, "parts": ("forward", "full"), "shapes": shapes})
         if self.rounds < 1:
             raise ValueError(f"rounds: expected at least 1, found {self.rounds}")
 

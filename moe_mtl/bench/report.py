@@ -4,7 +4,7 @@ import importlib.util
 import io
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,18 @@ def write(result: Mapping[str, Any], output: str | None, drawing: bytes | None =
     write_atomically(folder / f"{result['bench']}.json", json.dumps(result, indent=1) + "\n")
     if drawing is not None:
         write_atomically(folder / f"{result['bench']}.svg", drawing)
+
+
+def require_known(options: object, known: Mapping[str, Iterable[object]]) -> None:
+    """Each named option holds at least one value, and only known ones.
+
+    Raises:
+        ValueError: names the option, what is known, and what it holds.
+    """
+    for name, values in known.items():
+        found, allowed = list(getattr(options, name)), list(values)
+        if not found or set(found) - set(allowed):
+            raise ValueError(f"{name}: expected some of {', '.join(map(str, allowed))}, found {found}")
 
 
 def to_stderr(line: str) -> None:

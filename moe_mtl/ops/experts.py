@@ -10,8 +10,9 @@ Shapes: `N` tokens, `D` width, `E` experts, `K` experts chosen per token, `S = N
 first layer (`2 H` where gate and up lie in one tensor, else `H`), `H` hidden width, `O` output width.
 """
 
+import importlib.util
 from types import ModuleType
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,11 @@ from torch.autograd.function import once_differentiable
 
 from . import grouped
 from .activations import ACTIVATIONS, GATED, Activation, activate
-from .routing import RoutingPlan, make_plan
+from .routing import Backend, RoutingPlan, make_plan
 from .weights import ExpertWeights, PerInput
 
-Backend = Literal["torch", "grouped", "triton"]
+# Asked once: to look for a package that is not there takes longer than a small product.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def expert_mlp(
@@ -81,7 +83,7 @@ def expert_mlp(
     if backend == "torch":
         return _loop(x_ND, w, indices_NK, weights_NK, activation)
     if not torch.compiler.is_compiling():
-        plan = make_plan(indices_NK, len(w_up_EPD), "triton" if backend == "triton" else "torch")
+        plan = make_plan(indices_NK, len(w_up_EPD), backend)
         return _ExpertMLP.apply(x_ND, weights_NK, *_tensors(w), plan, activation, backend, not recompute)
     if not isinstance(activation, str):
         from .linear import composed
@@ -95,7 +97,7 @@ def expert_mlp(
 
 def default_backend(device: torch.device) -> Backend:
     """What `expert_mlp` takes for tensors there."""
-    return "triton" if device.type == "cuda" and _has_triton() else "grouped"
+    return "triton" if device.type == "cuda" and HAS_TRITON else "grouped"
 
 
 def engine(backend: str) -> ModuleType:
@@ -107,14 +109,6 @@ def engine(backend: str) -> ModuleType:
     return triton_experts
 
 
-def _has_triton() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def choose_backend(backend: Backend | None, fallback: bool, x_ND: Tensor) -> Backend:
     """The backend for these tensors, where None was said or a fallback was asked for."""
     if backend is None:
@@ -123,12 +117,7 @@ def choose_backend(backend: Backend | None, fallback: bool, x_ND: Tensor) -> Bac
         raise ValueError(f"backend: expected torch, grouped or triton, found {backend!r}")
     if backend != "triton":
         return backend
-    if _has_triton():
-        from .triton_launch import why_not
-
-        reason = why_not(x_ND)
-    else:
-        reason = "Triton is not installed; it comes with the extra moe_mtl[triton]"
+    reason = why_not_triton(x_ND)
     if reason is None:
         return backend
     if not fallback:
@@ -136,6 +125,15 @@ def choose_backend(backend: Backend | None, fallback: bool, x_ND: Tensor) -> Bac
             f"backend triton: {reason}; backend='grouped' computes the same, and fallback=True takes it"
         )
     return "grouped"
+
+
+def why_not_triton(x: Tensor) -> str | None:
+    """What keeps the kernels from working on `x`, if anything does."""
+    if not HAS_TRITON:
+        return "Triton is not installed; it comes with the extra moe_mtl[triton]"
+    from .triton_launch import why_not
+
+    return why_not(x)
 
 
 def under_autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
@@ -242,26 +240,14 @@ def _expert_mlp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output, what enters the activation (empty unless `keep`), and the plan's three tensors."""
     w = ExpertWeights(w_up_EPD, w_down_EOH, w_gate_EHD, b_up_EP, b_down_EO, b_gate_EH)
-    plan = make_plan(indices_NK, len(w_up_EPD), "triton" if backend == "triton" else "torch")
+    plan = make_plan(indices_NK, len(w_up_EPD), cast(Backend, backend))
     out_NO, pre_SP = engine(backend).forward(x_ND, weights_NK, w, plan, activation, keep, in_graph=True)
     return out_NO, x_ND.new_empty(0) if pre_SP is None else pre_SP, plan.order_S, plan.position_S, plan.offsets
 
 
 @_expert_mlp.register_fake
-def _(
-    x_ND: Tensor,
-    weights_NK: Tensor,
-    w_up_EPD: Tensor,
-    w_down_EOH: Tensor,
-    w_gate_EHD: Tensor | None,
-    b_up_EP: Tensor | None,
-    b_down_EO: Tensor | None,
-    b_gate_EH: Tensor | None,
-    indices_NK: Tensor,
-    activation: str,
-    backend: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(x_ND, weights_NK, w_up_EPD, w_down_EOH, w_gate_EHD, *rest):  # type: ignore[no-untyped-def]
+    _, _, _, indices_NK, _, _, keep = rest
     copies = indices_NK.shape[0] * indices_NK.shape[1]
     wide = w_up_EPD.shape[1] * (1 if w_gate_EHD is None else 2)
     order_S = indices_NK.new_empty(copies, dtype=torch.int64)
@@ -303,26 +289,8 @@ def _expert_mlp_backward(
 
 
 @_expert_mlp_backward.register_fake
-def _(
-    grad_NO: Tensor,
-    x_ND: Tensor,
-    pre_SP: Tensor | None,
-    weights_NK: Tensor,
-    w_up_EPD: Tensor,
-    w_down_EOH: Tensor,
-    w_gate_EHD: Tensor | None,
-    b_up_EP: Tensor | None,
-    b_down_EO: Tensor | None,
-    b_gate_EH: Tensor | None,
-    indices_NK: Tensor,
-    order_S: Tensor,
-    position_S: Tensor,
-    offsets: Tensor,
-    activation: str,
-    backend: str,
-    needs: list[bool],
-) -> list[Tensor]:
-    inputs = (x_ND, weights_NK, w_up_EPD, w_down_EOH, w_gate_EHD, b_up_EP, b_down_EO, b_gate_EH)
+def _(grad_NO, x_ND, pre_SP, *rest):  # type: ignore[no-untyped-def]
+    inputs, needs = (x_ND, *rest[:7]), rest[-1]
     return [
         t.new_empty(t.shape) if t is not None and needed else x_ND.new_empty(0)
         for t, needed in zip(inputs, needs, strict=True)

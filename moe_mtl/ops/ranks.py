@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .experts import _has_triton
+from .experts import why_not_triton
 
 RankBackend = Literal["torch", "triton"]
 
@@ -182,13 +183,9 @@ def _backend(asked: RankBackend | None, x_ND: Tensor, ranks: int) -> RankBackend
 
 
 def _why_not_triton(x_ND: Tensor, ranks: int) -> str | None:
-    if not _has_triton():
-        return "Triton is not installed; it comes with the extra moe_mtl[triton]"
     if ranks > _MAX_RANKS:
         return f"the kernels take at most {_MAX_RANKS} ranks, found {ranks}"
-    from .triton_launch import why_not
-
-    return why_not(x_ND)
+    return why_not_triton(x_ND)
 
 
 def _no_autocast(device: str) -> contextlib.AbstractContextManager:
@@ -222,6 +219,7 @@ class _RankExperts(torch.autograd.Function):
         return up(z_NP, b_OP, base_NO)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_NO,) = grads
         with _no_autocast(grad_NO.device.type):

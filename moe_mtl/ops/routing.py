@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 Scores = Literal["softmax", "softmax_selected", "sigmoid"]
-PlanBackend = Literal["torch", "triton"]
+Backend = Literal["torch", "grouped", "triton"]
 
 
 def route(
@@ -115,7 +115,7 @@ class RoutingPlan:
         """Copies of each expert: int64."""
         return self.offsets.diff()
 
-    def tiles(self, rows: int, backend: PlanBackend = "torch") -> tuple[Tensor, Tensor]:
+    def tiles(self, rows: int, backend: Backend = "torch") -> tuple[Tensor, Tensor]:
         """Cuts each expert's places into tiles of up to `rows`, none of which crosses two experts.
 
         Returns:
@@ -136,7 +136,7 @@ class RoutingPlan:
         return expert_T.to(torch.int32), torch.where(expert_T < experts, start_T, 0)
 
 
-def make_plan(indices_NK: Tensor, num_experts: int, backend: PlanBackend = "torch") -> RoutingPlan:
+def make_plan(indices_NK: Tensor, num_experts: int, backend: Backend = "torch") -> RoutingPlan:
     """Sorts the copies by expert.
 
     Args:
@@ -144,7 +144,7 @@ def make_plan(indices_NK: Tensor, num_experts: int, backend: PlanBackend = "torc
             expert parallelism does. The range is checked on a CPU only: elsewhere that would wait for the device, and
             what is out of range is nobody's.
         num_experts: `E`.
-        backend: `torch` sorts; `triton` counts, scans and scatters. The same plan.
+        backend: `triton` counts, scans and scatters; the others sort. The same plan.
 
     Raises:
         ValueError: indices of another shape or dtype, or out of range.

@@ -59,6 +59,14 @@ def recorded() -> Iterator[list[Launch]]:
         _recorded = None
 
 
+def numerics(dtype: torch.dtype) -> dict[str, object]:
+    """How products are taken: single precision as torch is told to; the interpreter cannot multiply bfloat16."""
+    return {
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
+        "UPCAST": INTERPRETED and dtype == torch.bfloat16,
+    }
+
+
 def why_not(tensor: Tensor) -> str | None:
     """What keeps a kernel from working on `tensor`, if anything does."""
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):

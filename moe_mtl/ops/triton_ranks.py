@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_configs import Config
-from .triton_launch import INTERPRETED, launch
+from .triton_launch import launch, numerics
 
 
 @triton.jit
@@ -353,6 +353,5 @@ def _tile(config: Config, dtype: torch.dtype) -> dict[str, object]:
         "ROWS": config.rows,
         "COLS": config.cols,
         "BLOCK_D": config.depth,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
-        "UPCAST": INTERPRETED and dtype == torch.bfloat16,
+        **numerics(dtype),
     }

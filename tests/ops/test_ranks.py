@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 from collections.abc import Callable
 
 import pytest
@@ -10,11 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
-
 from moe_mtl.bench import ranks as bench
-from moe_mtl.ops import ranks
+from moe_mtl.ops import experts, ranks
 from moe_mtl.ops.ranks import rank_experts
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -429,7 +425,7 @@ def test_triton_refuses_what_it_cannot_take(monkeypatch: pytest.MonkeyPatch) -> 
     wide = cast(make((9, 12, 6, 129, 2), "lora"), torch.float32)
     assert "at most 128 ranks, found 129" in refused(wide)
     with monkeypatch.context() as without:
-        without.setattr(ranks, "_has_triton", lambda: False)
+        without.setattr(experts, "HAS_TRITON", False)
         assert "not installed" in refused(inputs)
     monkeypatch.setattr("moe_mtl.ops.triton_launch.INTERPRETED", False)
     assert "needs a CUDA device, found tensors on cpu" in refused(inputs)
@@ -464,3 +460,14 @@ def test_bench_result_and_table(tmp_path, monkeypatch, capsys) -> None:
 def test_bench_options(changes: dict) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(changes))}: expected"):
         bench.Options(**changes)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_derivative_is_refused(backend: str) -> None:
+    inputs = cast(make((5, 8, 6, 4, 2), "gate"), torch.float32)
+    inputs["x_ND"].requires_grad_()
+    inputs["a_RD"].requires_grad_()
+    out = rank_experts(**inputs, backend=backend)
+    (grad,) = torch.autograd.grad(out.square().sum(), inputs["x_ND"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
