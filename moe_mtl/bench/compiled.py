@@ -140,8 +140,8 @@ def launches(
     needs = PerInput(*[True] * 4, False, biased, biased, False)
     with recorded() as found:
         plan = make_plan(empty(tokens, selected, of=torch.int64), experts, "triton")
-        _, pre_SP = triton_experts.forward(x_ND, weights_NK, w, plan, activation, True)
-        triton_experts.backward(empty(tokens, width), x_ND, pre_SP, weights_NK, w, plan, activation, needs)
+        _, kept = triton_experts.forward(x_ND, weights_NK, w, plan, activation, True)
+        triton_experts.backward(empty(tokens, width), x_ND, kept, weights_NK, w, plan, activation, needs)
     return found
 
 

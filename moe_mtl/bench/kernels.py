@@ -126,7 +126,13 @@ def run(options: Options, progress: Callable[[str], None] = lambda line: None) -
         threads = torch.get_num_threads()
         for dtype, shape, part in itertools.product(options.dtypes, options.grid, options.parts):
             rows.append(_row(dtype, shape, part, options))
-            progress(f"{dtype} {shape} {part}: done")
+            progress(f"{dtype} {shape} {part}: timed")
+        if options.memory:  # after all times: see `peak_of_call`
+            for row in rows:
+                shape = tuple(row["shape"].values())
+                for name, call in contenders(getattr(torch, row["dtype"]), shape, row["part"], options).items():
+                    row["results"][name]["peak"] = peak_of_call(call, options.on)
+                progress(f"{row['dtype']} {shape} {row['part']}: memory measured")
     result = {
         "bench": "kernels",
         "options": asdict(options),
@@ -219,9 +225,6 @@ def _row(dtype: str, shape: Sequence[int], part: str, options: Options) -> dict[
         }
         for name, timing in timings.items()
     }
-    if options.memory:
-        for name, call in calls.items():
-            results[name]["peak"] = peak_of_call(call, options.on)
     return {
         "dtype": dtype,
         "shape": dict(zip("ENDHK", shape, strict=True)),

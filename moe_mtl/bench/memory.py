@@ -12,16 +12,19 @@ from typing import Any
 
 from .work import Shape
 
+M_MMAP_THRESHOLD = -3  # of malloc.h
+
 
 def peak_of_call(call: Callable[[], object], device: str = "cpu") -> int | None:
     """Bytes that a call holds at its peak beyond what is held before it, after one call to warm up.
 
-    On a CPU from the kernel's high-water mark of the process, so only on Linux; None elsewhere.
+    On a CPU from the kernel's high-water mark of the process, so only on Linux; None elsewhere. There whatever is freed
+    goes back to the system from then on, so that holes in the heap are not counted: what is timed later would be slow.
     """
     import torch
 
-    call()
     if device == "cuda":
+        call()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -30,7 +33,10 @@ def peak_of_call(call: Callable[[], object], device: str = "cpu") -> int | None:
         return torch.cuda.max_memory_allocated() - before
     if sys.platform != "linux":
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, else the call would take it unseen
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 2**16)
+    call()
+    libc.malloc_trim(0)  # what is free goes back, else the call would take it unseen
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     call()

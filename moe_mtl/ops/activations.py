@@ -52,30 +52,22 @@ def activate(activation: str | Activation, pre_SP: Tensor) -> Tensor:
     return ACTIVATIONS[activation](pre_SP) if isinstance(activation, str) else activation(pre_SP)
 
 
-def activate_for_backward(activation: str | Activation, pre_SP: Tensor) -> tuple[Tensor, Activation]:
-    """What leaves, and what takes its gradient `[S, H]` back to that of `pre_SP`."""
+def activate_backward(activation: str | Activation, pre_SP: Tensor, grad_SH: Tensor, out_SP: Tensor) -> Tensor:
+    """Takes the gradient of what leaves back to what enters, which goes to `out_SP`. Returns what leaves, `[S, H]`."""
     if not isinstance(activation, str):
         with torch.enable_grad():
             entered_SP = pre_SP.detach().requires_grad_()
             left_SH = activation(entered_SP)
-        return left_SH.detach(), lambda grad_SH: torch.autograd.grad(left_SH, entered_SP, grad_SH)[0]
-    dpre_SP = torch.empty_like(pre_SP)
+        out_SP.copy_(torch.autograd.grad(left_SH, entered_SP, grad_SH)[0])
+        return left_SH.detach()
     if activation not in GATED:
         forward, backward = PLAIN[activation]
-
-        def through(grad_SH: Tensor) -> Tensor:
-            backward(grad_SH, pre_SP, dpre_SP)
-            return dpre_SP
-
-        return forward(pre_SP), through
+        backward(grad_SH, pre_SP, out_SP)
+        return forward(pre_SP)
     forward, backward = PLAIN[GATED[activation]]
     gate_SH, up_SH = pre_SP.chunk(2, dim=-1)
+    dgate_SH, dup_SH = out_SP.chunk(2, dim=-1)
     activated_SH = forward(gate_SH)
-
-    def through_gate(grad_SH: Tensor) -> Tensor:
-        dgate_SH, dup_SH = dpre_SP.chunk(2, dim=-1)
-        torch.mul(grad_SH, activated_SH, out=dup_SH)
-        backward(grad_SH * up_SH, gate_SH, dgate_SH)
-        return dpre_SP
-
-    return activated_SH * up_SH, through_gate
+    torch.mul(grad_SH, activated_SH, out=dup_SH)
+    backward(grad_SH * up_SH, gate_SH, dgate_SH)
+    return activated_SH.mul_(up_SH)

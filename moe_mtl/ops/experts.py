@@ -82,15 +82,15 @@ def expert_mlp(
     backend = choose_backend(backend, fallback, x_ND)
     if backend == "torch":
         return _loop(x_ND, w, indices_NK, weights_NK, activation)
+    keep = torch.is_grad_enabled() and not recompute
+    keep = keep and any(t is not None and t.requires_grad for t in (x_ND, weights_NK, *_tensors(w)))
     if not torch.compiler.is_compiling():
         plan = make_plan(indices_NK, len(w_up_EPD), backend)
-        return _ExpertMLP.apply(x_ND, weights_NK, *_tensors(w), plan, activation, backend, not recompute)
+        return _ExpertMLP.apply(x_ND, weights_NK, *_tensors(w), plan, activation, backend, keep)
     if not isinstance(activation, str):
         from .linear import composed
 
         return composed(x_ND, w, make_plan(indices_NK, len(w_up_EPD)), weights_NK, activation, backend)
-    keep = torch.is_grad_enabled() and not recompute
-    keep = keep and any(t is not None and t.requires_grad for t in (x_ND, weights_NK, *_tensors(w)))
     inputs = (x_ND, weights_NK, *_tensors(w), indices_NK.contiguous())
     return _expert_mlp(*inputs, activation, backend, keep)[0]
 
@@ -241,8 +241,8 @@ def _expert_mlp(
     """The output, what enters the activation (empty unless `keep`), and the plan's three tensors."""
     w = ExpertWeights(w_up_EPD, w_down_EOH, w_gate_EHD, b_up_EP, b_down_EO, b_gate_EH)
     plan = make_plan(indices_NK, len(w_up_EPD), cast(Backend, backend))
-    out_NO, pre_SP = engine(backend).forward(x_ND, weights_NK, w, plan, activation, keep, in_graph=True)
-    return out_NO, x_ND.new_empty(0) if pre_SP is None else pre_SP, plan.order_S, plan.position_S, plan.offsets
+    out_NO, kept = engine(backend).forward(x_ND, weights_NK, w, plan, activation, keep, in_graph=True)
+    return out_NO, kept[0] if kept else x_ND.new_empty(0), plan.order_S, plan.position_S, plan.offsets
 
 
 @_expert_mlp.register_fake
@@ -283,7 +283,8 @@ def _expert_mlp_backward(
     """Gradients in the order of `PerInput`, empty where not needed."""
     w = ExpertWeights(w_up_EPD, w_down_EOH, w_gate_EHD, b_up_EP, b_down_EO, b_gate_EH)
     plan = RoutingPlan(indices_NK, order_S, position_S, offsets)
-    given = (grad_NO, x_ND, pre_SP, weights_NK, w, plan, activation, PerInput(*needs))
+    kept = [] if pre_SP is None else [pre_SP]
+    given = (grad_NO, x_ND, kept, weights_NK, w, plan, activation, PerInput(*needs))
     found = engine(backend).backward(*given, in_graph=True)
     return [x_ND.new_empty(0) if t is None else t.contiguous() for t in found.values()]
 
@@ -341,18 +342,20 @@ class _ExpertMLP(torch.autograd.Function):
         keep: bool,
     ) -> Tensor:
         tensors = (w_up_EPD, w_down_EOH, w_gate_EHD, b_up_EP, b_down_EO, b_gate_EH)
-        keep = keep and any(ctx.needs_input_grad)
-        out_NO, pre_SP = engine(backend).forward(x_ND, weights_NK, ExpertWeights(*tensors), plan, activation, keep)
-        ctx.save_for_backward(x_ND, weights_NK, pre_SP, *tensors)
+        out_NO, kept = engine(backend).forward(x_ND, weights_NK, ExpertWeights(*tensors), plan, activation, keep)
+        ctx.save_for_backward(x_ND, weights_NK, *tensors, *kept)
         ctx.plan, ctx.activation, ctx.backend = plan, activation, backend
         return out_NO
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, weights_NK, pre_SP, *tensors = ctx.saved_tensors
+        x_ND, weights_NK, *rest = ctx.saved_tensors
+        w, kept = ExpertWeights(*rest[:6]), rest[6:]
+        del rest
+        ctx.maybe_clear_saved_tensors()  # unless the graph is to be kept; so `kept` is the last to hold what it holds
         found = engine(ctx.backend).backward(
-            *(grads[0], x_ND, pre_SP, weights_NK, ExpertWeights(*tensors), ctx.plan, ctx.activation),
+            *(grads[0], x_ND, kept, weights_NK, w, ctx.plan, ctx.activation),
             PerInput(*ctx.needs_input_grad[:8]),
         )
         return *found.values(), None, None, None, None

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from .activations import GATED, Activation, activate_for_backward
+from .activations import GATED, Activation, activate_backward
 from .routing import RoutingPlan
 from .triton_configs import Config, config_for, rows_per_tile
 from .triton_kernels import (
@@ -333,19 +333,19 @@ def forward(
     activation: str | Activation,
     keep: bool,
     in_graph: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """`[N, O]`, and what enters the activation, `[S, P]`, where `keep`. In a graph all is as without one."""
+) -> tuple[Tensor, list[Tensor]]:
+    """`[N, O]`, and where `keep` what enters the activation, `[S, P]`. In a graph all is as without one."""
     tiles = tiled(plan, x_ND)
     x_ND = _rows(x_ND)
     pre_SP, h_SH = _hidden(x_ND, w, activation, tiles, keep)
     y_SO = linear(h_SH, w.down_EOH.transpose(1, 2), tiles, b_EP=_packed(w.b_down_EO))
-    return combine(y_SO, tiles, weights_NK), pre_SP
+    return combine(y_SO, tiles, weights_NK), [] if pre_SP is None else [pre_SP]
 
 
 def backward(
     grad_NO: Tensor,
     x_ND: Tensor,
-    pre_SP: Tensor | None,
+    kept: list[Tensor],
     weights_NK: Tensor,
     w: ExpertWeights,
     plan: RoutingPlan,
@@ -353,12 +353,11 @@ def backward(
     needs: PerInput[bool],
     in_graph: bool = False,
 ) -> PerInput[Tensor | None]:
-    """Gradients of what `needs` asks for; `pre_SP` is computed again where it was not kept."""
+    """Gradients of what `needs` asks for; what was not kept is computed again. Frees `kept` on the way."""
     tiles = tiled(plan, x_ND)
     x_ND, grad_NO, weights_NK = _rows(x_ND), _rows(grad_NO), weights_NK.contiguous()
-    if pre_SP is None:
-        pre_SP = _hidden(x_ND, w, activation, tiles, keep=True)[0]
-        assert pre_SP is not None
+    pre_SP = kept.pop() if kept else _hidden(x_ND, w, activation, tiles, keep=True)[0]
+    assert pre_SP is not None
     gated = w.gate_EHD is not None or activation in GATED
     if isinstance(activation, str):
         dpre_SP, weighted_SH, dweights_S = hidden_grad(
@@ -453,11 +452,11 @@ def _unfused_hidden_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan = tiles.plan
     dh_SH = linear(grad_NO, w.down_EOH, tiles, rows_by=BY_TOKEN, to=BY_PLACE)
-    h_SH, to_pre = activate_for_backward(activation, pre_SP)
     weights_S1 = weights_NK.flatten()[plan.order_S].unsqueeze(1)
-    dpre_SP = to_pre((dh_SH * weights_S1).to(h_SH.dtype))
+    dpre_SP = torch.empty_like(pre_SP)
+    h_SH = activate_backward(activation, pre_SP, (dh_SH * weights_S1).to(dh_SH.dtype), dpre_SP)
     here_S = torch.arange(len(pre_SP), device=pre_SP.device) < plan.offsets[-1]
     at_places_S = torch.where(here_S, (h_SH * dh_SH).sum(1, dtype=torch.float32), 0)
     dweights_S = torch.empty_like(at_places_S)
     dweights_S[plan.order_S] = at_places_S
-    return _rows(dpre_SP), _rows((h_SH * weights_S1).to(h_SH.dtype)), dweights_S
+    return _rows(dpre_SP), _rows((h_SH * weights_S1).to(dh_SH.dtype)), dweights_S

@@ -23,6 +23,11 @@ class ExpertWeights:
     b_down_EO: Tensor | None = None
     b_gate_EH: Tensor | None = None
 
+    @property
+    def wide(self) -> int:
+        """Width of what enters the activation."""
+        return self.up_EPD.shape[1] * (1 if self.gate_EHD is None else 2)
+
     def named(self) -> dict[str, Tensor | None]:
         return {
             "w_up": self.up_EPD,
@@ -53,3 +58,21 @@ class PerInput(Generic[T]):
 
 def no_gradients() -> PerInput[Tensor | None]:
     return PerInput(None, None, None, None, None, None, None, None)
+
+
+def empty_gradients(w: ExpertWeights, needs: PerInput[bool]) -> PerInput[Tensor | None]:
+    """Tensors to write the parameters' gradients to, where they are needed; None for the rest."""
+
+    def empty(parameter: Tensor | None, needed: bool) -> Tensor | None:
+        return parameter.new_empty(parameter.shape) if parameter is not None and needed else None
+
+    return PerInput(
+        x=None,
+        weights=None,
+        up=empty(w.up_EPD, needs.up),
+        down=empty(w.down_EOH, needs.down),
+        gate=empty(w.gate_EHD, needs.gate),
+        b_up=empty(w.b_up_EP, needs.b_up),
+        b_down=empty(w.b_down_EO, needs.b_down),
+        b_gate=empty(w.b_gate_EH, needs.b_gate),
+    )

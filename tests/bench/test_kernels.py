@@ -75,7 +75,7 @@ def test_a_cpu_measures_the_small_shapes() -> None:
 
 def test_peak_of_call() -> None:
     found = peak_of_call(lambda: torch.ones(2**22).sum(), "cpu")
-    assert found is None or 2**24 <= found < 2**25
+    assert found is None or 0.95 * 2**24 <= found < 2**25  # Linux counts pages a few dozen at a time
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_mtl.ops import ACTIVATIONS, expert_mlp, gated, grouped, make_plan
+from moe_mtl.ops import ACTIVATIONS, expert_mlp, gated, grouped, layout, make_plan
+from moe_mtl.ops.routing import RoutingPlan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["torch", "grouped", "triton"]
@@ -312,20 +313,36 @@ def test_what_is_kept_for_the_backward(backend: str, recompute: bool, activation
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         expert_mlp(**inputs, activation=activation, backend=backend, recompute=recompute)
     slots = 4 * int(inputs["indices_NK"].flatten().bincount().max())
-    rows = slots if backend == "grouped" else 128
+    rows = slots if backend == "grouped" else 128  # in one part
     assert sum(saved.values()) == (0 if recompute else rows * 48)
+
+
+def one_part(plan: RoutingPlan, row_bytes: int, slots: bool = True) -> layout.Layout:
+    return layout.in_one_part(plan)
 
 
 @pytest.mark.parametrize("nobody", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("laid_out", ["slots", "slots of two parts", "no slots", "one part"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
 )
-def test_rows_one_after_the_other_or_in_slots(
-    nobody: bool, biased: bool, apart: bool, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+def test_every_layout_of_the_rows(
+    nobody: bool,
+    biased: bool,
+    apart: bool,
+    laid_out: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Widths of 16 bytes, as torch's grouped product wants them, and one more."""
+    monkeypatch.setattr(layout, "BYTES", 64 * 16 * dtype.itemsize if laid_out == "slots of two parts" else 2**20)
+    monkeypatch.setattr(layout, "FREE_SLOTS", 0 if laid_out == "no slots" else 10**6)
+    monkeypatch.setattr(layout, "SLOTS_PER_COPY", 0)
+    if laid_out == "one part":
+        monkeypatch.setattr(grouped, "lay_out", one_part)
     for width, hidden in ((16, 8), (5, 3)):
         inputs = make(40, width, hidden, 4, 2, out=width)
         if nobody:
@@ -338,23 +355,44 @@ def test_rows_one_after_the_other_or_in_slots(
                 if whole in inputs:
                     inputs[half], inputs[whole] = inputs[whole].chunk(2, dim=1)
                     expected[half], expected[whole] = expected[whole].chunk(2, dim=1)
-        for most in (0, 10**6):
-            monkeypatch.setattr(grouped, "SLOTS_PER_COPY", 0)
-            monkeypatch.setattr(grouped, "FEW_SLOTS", most)
-            plan = make_plan(inputs["indices_NK"], 4)
-            assert isinstance(grouped.lay_out(plan), grouped.Slots) == (most > 0)
-            found = with_gradients(lambda **t: expert_mlp(**t, backend="grouped"), on_device(inputs, dtype))
-            close(found, expected, tolerance)
+        parts = grouped.lay_out(make_plan(inputs["indices_NK"], 4), 2 * hidden * dtype.itemsize).parts
+        assert any(part.slots is not None for part in parts) == laid_out.startswith("slots")
+        assert (len(parts) > 1) == (laid_out == "slots of two parts" and width == 16)
+        found = with_gradients(lambda **t: expert_mlp(**t, backend="grouped"), on_device(inputs, dtype))
+        close(found, expected, tolerance)
 
 
-def test_a_skewed_router_gets_no_slots() -> None:
-    """All copies to one of many experts would ask for as many slots for each of them."""
-    skewed, even = torch.zeros(4096, 1, dtype=torch.int64), torch.arange(4096).view(-1, 1) % 64
-    assert not isinstance(grouped.lay_out(make_plan(skewed, 64)), grouped.Slots)
-    assert isinstance(grouped.lay_out(make_plan(even, 64)), grouped.Slots)
-    assert not isinstance(grouped.lay_out(make_plan(even, 64), in_graph=True), grouped.Slots)
-    assert not isinstance(grouped.lay_out(make_plan(even % 8, 8)), grouped.Slots)  # 512 rows each
-    assert not isinstance(grouped.lay_out(make_plan(skewed + 64, 64)), grouped.Slots)  # nobody here has any
+def test_slots_only_where_they_cost_little() -> None:
+    def slots(indices: Tensor, experts: int, row_bytes: int = 1024) -> list[int | None]:
+        return [part.slots for part in layout.lay_out(make_plan(indices.view(-1, 1), experts), row_bytes).parts]
+
+    even = torch.arange(4096) % 64
+    assert slots(even, 64) == [64, 64]  # two parts of 2,048 rows
+    assert slots(even, 64, 512) == [64]
+    # All copies to one expert; half of them to one, whose part is its own; nobody here has any.
+    assert slots(torch.zeros(4096, dtype=torch.int64), 64) == [None, None]
+    assert slots(torch.where(torch.arange(4096) < 2048, 5, even), 64) == [32, None, 32]
+    assert slots(torch.full((4096,), 64), 64) == [None]
+    # One token in eight experts: slots would read them all.
+    assert slots(torch.zeros(1, dtype=torch.int64), 8) == [None]
+    assert slots(torch.tensor([0, 1, 2, 3]), 8) == [1]
+    assert [part.slots for part in layout.lay_out(make_plan(even.view(-1, 1), 64), 512, slots=False).parts] == [None]
+
+
+def test_parts_hold_a_few_neighbours_and_all_rows() -> None:
+    indices_NK = torch.randint(0, 65, (4096, 2), generator=torch.Generator().manual_seed(0))
+    plan = make_plan(indices_NK, 64)
+    for slots in (True, False):
+        rows = layout.lay_out(plan, 4096, slots)
+        assert [part.experts.start for part in rows.parts[1:]] == [part.experts.stop for part in rows.parts[:-1]]
+        assert [part.rows.start for part in rows.parts[1:]] == [part.rows.stop for part in rows.parts[:-1]]
+        assert all(part.rows.stop - part.rows.start <= layout.BYTES // 4096 for part in rows.parts)
+        assert len(rows.parts) > 8
+        copies_R = torch.cat([part.copies_R for part in rows.parts])
+        here_S = indices_NK.flatten() < 64
+        position_S = rows.position_NK.flatten()
+        assert torch.equal(copies_R[position_S[here_S]], torch.arange(8192)[here_S])
+        assert sorted(position_S[~here_S].tolist()) == list(range(rows.num_placed, rows.num_rows))
 
 
 @pytest.mark.parametrize(
@@ -418,13 +456,15 @@ def test_biases_and_weights_of_any_strides(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_torch_is_given_only_what_its_grouped_product_takes(dtype: torch.dtype) -> None:
-    """Places: 300 tokens to one expert. A width of one, experts innermost: torch would raise."""
+def test_torch_is_given_only_what_its_grouped_product_takes(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A width of one, experts innermost: torch would raise."""
+    monkeypatch.setattr(grouped, "lay_out", one_part)
     for width in (1, 8):
         inputs = on_device(make(300, width, 8, 8, 1), dtype)
         inputs["indices_NK"] = torch.zeros(300, 1, dtype=torch.int64, device=DEVICE)
         inputs["w_up_EPD"] = inputs["w_up_EPD"].permute(1, 2, 0).contiguous().permute(2, 0, 1)
-        assert not isinstance(grouped.lay_out(make_plan(inputs["indices_NK"], 8)), grouped.Slots)
         expected = expert_mlp(**inputs, backend="torch")
         found = expert_mlp(**inputs, backend="grouped")
         torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE[dtype] * float(expected.abs().max()))

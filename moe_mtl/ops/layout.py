@@ -1,0 +1,219 @@
+"""Where the rows of each expert lie, and the products of experts with their rows.
+
+Experts are taken a few neighbours at a time, a *part*, so that what lies between two layers stays in the caches of a
+CPU and never exists for all copies at once. In a part rows lie in one of two ways. One expert after the other, each
+product by itself; or in *slots*, as many for every expert as the busiest of the part needs: then they are one batched
+product, which two threads of a CPU share better than many small ones.
+
+Shapes: `N` tokens, `D` width, `E` experts (of a part: its own), `K` experts chosen per token, `S = N K` routed copies,
+`R` rows (of a part: its own), `P` and `O` widths of a product.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .routing import RoutingPlan
+
+# What is between the layers has at most about as many bytes in a part.
+BYTES = 2**21
+# Slots may be this many times the copies; or, where at least half of the experts have a copy, this many per expert:
+# then a product takes as long as it takes to read the weights.
+SLOTS_PER_COPY = 2
+FREE_SLOTS = 16
+
+
+@dataclass
+class Part:
+    """Neighbouring experts and their rows.
+
+    Attributes:
+        plan: of all experts.
+        experts, rows: which of all.
+        slots: rows of each expert where all have as many, else None.
+        copies_R: the copy that stands in each row; any in empty ones.
+        empty_R: numbers of the rows that no copy stands in, None where there are none.
+        grouped: whether torch's grouped products compute it, where they can.
+    """
+
+    plan: RoutingPlan
+    experts: slice
+    rows: slice
+    slots: int | None
+    copies_R: Tensor
+    empty_R: Tensor | None
+    grouped: bool = False
+
+    def of_copies(self, x_SD: Tensor) -> Tensor:
+        """Of each row what belongs to its copy. Empty rows hold 0: what is infinite elsewhere would become NaN here."""
+        return self._emptied(x_SD.index_select(0, self.copies_R))
+
+    def of_tokens(self, x_ND: Tensor) -> Tensor:
+        """Of each row what belongs to its token."""
+        return self._emptied(x_ND.index_select(0, self.tokens_R))
+
+    def product(self, x_RD: Tensor, w_EDP: Tensor, out_RP: Tensor) -> Tensor:
+        """Each expert's rows times its matrix, written to `out_RP`."""
+        if self.slots is not None and (x_RD.dtype != torch.float32 or w_EDP.stride(2) == 1):
+            torch.bmm(self._by_expert(x_RD), w_EDP, out=self._by_expert(out_RP))
+        elif self.grouped and _torch_takes(x_RD, w_EDP):
+            out_RP.copy_(F.grouped_mm(x_RD, w_EDP, offs=self.plan.ends_E))
+        else:  # in single precision the batched product is slow with matrices that are turned
+            for x, w_DP, out in zip(self._each(x_RD), w_EDP.unbind(), self._each(out_RP), strict=True):
+                if len(x):
+                    torch.mm(x, w_DP, out=out)
+            self._emptied(out_RP)
+        return out_RP
+
+    def outer(self, a_RP: Tensor, b_RD: Tensor, out_EPD: Tensor) -> None:
+        """Per expert the product of its rows, written to `out_EPD`; 0 for an expert without rows."""
+        if self.slots is not None:
+            torch.bmm(self._by_expert(a_RP).transpose(1, 2), self._by_expert(b_RD), out=out_EPD)
+        elif self.grouped and _torch_takes(a_RP, b_RD):
+            out_EPD.copy_(F.grouped_mm(a_RP.t(), b_RD, offs=self.plan.ends_E))
+        else:
+            for a, b, out_PD in zip(self._each(a_RP), self._each(b_RD), out_EPD.unbind(), strict=True):
+                torch.mm(a.t(), b, out=out_PD)
+
+    def of_experts(self, b_EP: Tensor) -> Tensor:
+        """Of each row what belongs to its expert: `[R, P]`."""
+        return b_EP[self.experts].index_select(0, self.experts_R)
+
+    def sums(self, rows_RP: Tensor, out_EP: Tensor) -> None:
+        """Per expert the sum of its rows, written to `out_EP`."""
+        if self.slots is not None:
+            torch.sum(self._by_expert(rows_RP), 1, out=out_EP)
+        else:
+            for out_P, rows in zip(out_EP.unbind(), self._each(rows_RP), strict=True):
+                torch.sum(rows, 0, out=out_P)
+
+    @cached_property
+    def tokens_R(self) -> Tensor:
+        return self.copies_R // self.plan.num_selected
+
+    @cached_property
+    def experts_R(self) -> Tensor:
+        """Of each row its expert, counted from the part's first."""
+        if self.slots is None:
+            return torch.repeat_interleave(self.plan.counts_E[self.experts])
+        experts = self.experts.stop - self.experts.start
+        return torch.arange(experts, device=self.copies_R.device).repeat_interleave(self.slots)
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        """Rows of each expert; with slots, its empty rows after them. The host waits for the device to know them."""
+        counts = self.plan.counts_E[self.experts].tolist()
+        return counts if self.slots is None else [n for count in counts for n in (count, self.slots - count)]
+
+    def _each(self, rows_RP: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each expert, without empty ones."""
+        return rows_RP.split(self._sizes)[:: 1 if self.slots is None else 2]
+
+    def _by_expert(self, rows_RP: Tensor) -> Tensor:
+        return rows_RP.unflatten(0, (-1, self.slots))
+
+    def _emptied(self, rows_RP: Tensor) -> Tensor:
+        return rows_RP if self.empty_R is None else rows_RP.index_fill_(0, self.empty_R, 0)
+
+
+@dataclass
+class Layout:
+    """Rows of all experts.
+
+    Attributes:
+        parts: in the order of the experts.
+        position_NK: the row of each copy; those of copies for nobody come last.
+        num_rows: with theirs.
+        num_placed: without.
+    """
+
+    parts: list[Part]
+    position_NK: Tensor
+    num_rows: int
+    num_placed: int
+
+    def empty(self, width: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """`[R, P]` to write to, by default of the dtype of `like`; the rows of nobody hold 0."""
+        rows_RP = like.new_empty(self.num_rows, width, dtype=dtype)
+        rows_RP[self.num_placed :] = 0
+        return rows_RP
+
+
+def lay_out(plan: RoutingPlan, row_bytes: int, slots: bool = True) -> Layout:
+    """Chooses the parts, and for each slots or none.
+
+    Args:
+        plan: what is to be laid out.
+        row_bytes: of a row between the layers, where it is widest.
+        slots: False for rows in the plan's order. So they are on a GPU, in one part.
+    """
+    if plan.order_S.device.type != "cpu":
+        return in_one_part(plan)
+    counts = plan.counts_E.tolist()
+    chosen = _choose(counts, max(1, BYTES // max(1, row_bytes)), slots)
+    rows_of_E = [n if slots is None else slots for first, stop, slots in chosen for n in counts[first:stop]]
+    starts = list(accumulate(rows_of_E, initial=0))
+    copies_R, position_S, real_R = plan.order_S[: plan.num_placed], plan.position_S, None
+    if starts[-1] > plan.num_placed:
+        starts_E1 = torch.tensor(starts)
+        experts_R = torch.repeat_interleave(torch.tensor(rows_of_E))
+        nth_R = torch.arange(starts[-1]) - starts_E1.index_select(0, experts_R)
+        real_R = nth_R < plan.counts_E.index_select(0, experts_R)
+        places_R = torch.where(real_R, plan.offsets.index_select(0, experts_R) + nth_R, 0)
+        copies_R = plan.order_S.index_select(0, places_R)
+        position_S = plan.position_S + (starts_E1 - plan.offsets).index_select(0, plan.indices_NK.flatten())
+    parts = []
+    for first, stop, slots_each in chosen:
+        rows = slice(starts[first], starts[stop])
+        empty_R = None if real_R is None else real_R[rows].logical_not().nonzero().flatten()
+        empty_R = None if empty_R is None or not len(empty_R) else empty_R
+        parts.append(Part(plan, slice(first, stop), rows, slots_each, copies_R[rows], empty_R))
+    return Layout(
+        parts, position_S.view_as(plan.indices_NK), starts[-1] + len(plan.order_S) - plan.num_placed, starts[-1]
+    )
+
+
+def in_one_part(plan: RoutingPlan) -> Layout:
+    """All experts together, for products that are one launch each."""
+    copies_R = plan.order_S[: plan.num_placed]
+    part = Part(plan, slice(0, plan.num_experts), slice(0, plan.num_placed), None, copies_R, None, grouped=True)
+    return Layout([part], plan.position_S.view_as(plan.indices_NK), len(plan.order_S), plan.num_placed)
+
+
+def _choose(counts: list[int], most: int, with_slots: bool) -> list[tuple[int, int, int | None]]:
+    """Of each part its first expert, the one after its last, and its slots; slots for `most` rows, or one expert."""
+    chosen, first, busiest = [], 0, 0
+    for expert, count in enumerate([*counts, most + 1]):
+        last = expert == len(counts)
+        if expert > first and (last or (expert + 1 - first) * max(busiest, count) > most):
+            slots = busiest if with_slots and _worth(counts[first:expert]) else None
+            chosen.append((first, expert, slots))
+            first, busiest = expert, 0
+        busiest = max(busiest, count)
+    return chosen
+
+
+def _worth(counts: list[int]) -> bool:
+    """Whether slots for the busiest of these experts cost no more than they bring."""
+    busiest, copies = max(counts), sum(counts)
+    if len(counts) == 1 or not copies:
+        return False
+    if len(counts) * busiest <= SLOTS_PER_COPY * copies:
+        return True
+    return busiest <= FREE_SLOTS and 2 * sum(n > 0 for n in counts) >= len(counts)
+
+
+def _torch_takes(*operands: Tensor) -> bool:
+    """Whether torch's grouped product takes them: not float64, dense one way, a multiple of 16 bytes the other."""
+    for t in operands:
+        strides = list(t.stride())
+        if t.dtype == torch.float64 or t.data_ptr() % 16 or 1 not in strides[-2:]:
+            return False
+        strides.remove(1)
+        if any(stride * t.itemsize % 16 for stride in strides):
+            return False
+    return True
