@@ -78,6 +78,7 @@ def backward(
             part.outer(grad_RO, torch.mul(h_RH, weights_R1, out=dh_RH), found.down[part.experts])
         if found.b_down is not None:
             part.sums(grad_RO.mul_(weights_R1), found.b_down[part.experts])
+        del pre_RP, grad_RO, dh_RH, h_RH  # what follows, the widest gradients, is the peak of memory
         dup_RP = dpre_RP
         if w.gate_EHD is not None:
             dgate_RH, dup_RP = dpre_RP.chunk(2, dim=1)

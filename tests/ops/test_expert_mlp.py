@@ -493,6 +493,19 @@ def test_a_second_derivative_is_refused(backend: str) -> None:
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("backend", ["grouped", "triton"])
+def test_a_kept_graph_gives_the_same_again_and_another_frees_what_it_kept(backend: str) -> None:
+    """As gradient balancing does it: one backward per loss through one graph."""
+    inputs = on_device(make(64, 16, 24, 4, 2), torch.float32)
+    inputs["w_up_EPD"].requires_grad_()
+    out = expert_mlp(**inputs, backend=backend)
+    first = torch.autograd.grad(out.square().sum(), inputs["w_up_EPD"], retain_graph=True)
+    again = torch.autograd.grad(out.square().sum(), inputs["w_up_EPD"])
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out.sum(), inputs["w_up_EPD"])
+
+
 def test_an_activation_with_parameters_is_refused() -> None:
     inputs = make(5, 8, 4, 3, 1, "gelu")
     with pytest.raises(ValueError, match="activation: expected one without parameters to train"):
