@@ -12,7 +12,9 @@ import io
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -127,11 +129,12 @@ def run(options: Options, progress: Callable[[str], None] = lambda line: None) -
         for dtype, shape, part in itertools.product(options.dtypes, options.grid, options.parts):
             rows.append(_row(dtype, shape, part, options))
             progress(f"{dtype} {shape} {part}: timed")
-        if options.memory:  # after all times: see `peak_of_call`
+    if options.memory:  # in a process of its own, which `peak_of_call` may make slow
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             for row in rows:
                 shape = tuple(row["shape"].values())
-                for name, call in contenders(getattr(torch, row["dtype"]), shape, row["part"], options).items():
-                    row["results"][name]["peak"] = peak_of_call(call, options.on)
+                for name, peak in pool.submit(_peaks, row["dtype"], shape, row["part"], options).result().items():
+                    row["results"][name]["peak"] = peak
                 progress(f"{row['dtype']} {shape} {row['part']}: memory measured")
     result = {
         "bench": "kernels",
@@ -232,6 +235,12 @@ def _row(dtype: str, shape: Sequence[int], part: str, options: Options) -> dict[
         "operations": operations,
         "results": results,
     }
+
+
+def _peaks(dtype: str, shape: Sequence[int], part: str, options: Options) -> dict[str, int | None]:
+    calls = contenders(getattr(torch, dtype), shape, part, options)
+    with torch_threads(options.threads):
+        return {name: peak_of_call(call, options.on) for name, call in calls.items()}
 
 
 def least_bytes(shape: Sequence[int], part: str, size: int) -> int:

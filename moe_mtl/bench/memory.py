@@ -19,7 +19,8 @@ def peak_of_call(call: Callable[[], object], device: str = "cpu") -> int | None:
     """Bytes that a call holds at its peak beyond what is held before it, after one call to warm up.
 
     On a CPU from the kernel's high-water mark of the process, so only on Linux; None elsewhere. There whatever is freed
-    goes back to the system from then on, so that holes in the heap are not counted: what is timed later would be slow.
+    goes back to the system from then on, so that holes in the heap are not counted. What is timed later would be slow:
+    best called in a process that times nothing.
     """
     import torch
 

@@ -32,17 +32,19 @@ class Part:
     """Neighbouring experts and their rows.
 
     Attributes:
-        plan: of all experts.
         experts, rows: which of all.
+        ends_E: where the copies of each expert end, counted from the part's first: int32.
+        num_selected: `K`.
         slots: rows of each expert where all have as many, else None.
         copies_R: the copy that stands in each row; any in empty ones.
         empty_R: numbers of the rows that no copy stands in, None where there are none.
         grouped: whether torch's grouped products compute it, where they can.
     """
 
-    plan: RoutingPlan
     experts: slice
     rows: slice
+    ends_E: Tensor
+    num_selected: int
     slots: int | None
     copies_R: Tensor
     empty_R: Tensor | None
@@ -61,7 +63,7 @@ class Part:
         if self.slots is not None and (x_RD.dtype != torch.float32 or w_EDP.stride(2) == 1):
             torch.bmm(self._by_expert(x_RD), w_EDP, out=self._by_expert(out_RP))
         elif self.grouped and _torch_takes(x_RD, w_EDP):
-            out_RP.copy_(F.grouped_mm(x_RD, w_EDP, offs=self.plan.ends_E))
+            out_RP.copy_(F.grouped_mm(x_RD, w_EDP, offs=self.ends_E))
         else:  # in single precision the batched product is slow with matrices that are turned
             for x, w_DP, out in zip(self._each(x_RD), w_EDP.unbind(), self._each(out_RP), strict=True):
                 if len(x):
@@ -74,7 +76,7 @@ class Part:
         if self.slots is not None:
             torch.bmm(self._by_expert(a_RP).transpose(1, 2), self._by_expert(b_RD), out=out_EPD)
         elif self.grouped and _torch_takes(a_RP, b_RD):
-            out_EPD.copy_(F.grouped_mm(a_RP.t(), b_RD, offs=self.plan.ends_E))
+            out_EPD.copy_(F.grouped_mm(a_RP.t(), b_RD, offs=self.ends_E))
         else:
             for a, b, out_PD in zip(self._each(a_RP), self._each(b_RD), out_EPD.unbind(), strict=True):
                 torch.mm(a.t(), b, out=out_PD)
@@ -93,20 +95,23 @@ class Part:
 
     @cached_property
     def tokens_R(self) -> Tensor:
-        return self.copies_R // self.plan.num_selected
+        return self.copies_R // self.num_selected
 
     @cached_property
     def experts_R(self) -> Tensor:
         """Of each row its expert, counted from the part's first."""
         if self.slots is None:
-            return torch.repeat_interleave(self.plan.counts_E[self.experts])
-        experts = self.experts.stop - self.experts.start
-        return torch.arange(experts, device=self.copies_R.device).repeat_interleave(self.slots)
+            return torch.repeat_interleave(self._counts_E)
+        return torch.arange(len(self.ends_E), device=self.copies_R.device).repeat_interleave(self.slots)
+
+    @property
+    def _counts_E(self) -> Tensor:
+        return self.ends_E.diff(prepend=self.ends_E.new_zeros(1))
 
     @cached_property
     def _sizes(self) -> list[int]:
         """Rows of each expert; with slots, its empty rows after them. The host waits for the device to know them."""
-        counts = self.plan.counts_E[self.experts].tolist()
+        counts = self._counts_E.tolist()
         return counts if self.slots is None else [n for count in counts for n in (count, self.slots - count)]
 
     def _each(self, rows_RP: Tensor) -> tuple[Tensor, ...]:
@@ -151,8 +156,13 @@ def lay_out(plan: RoutingPlan, row_bytes: int, slots: bool = True) -> Layout:
         row_bytes: of a row between the layers, where it is widest.
         slots: False for rows in the plan's order. So they are on a GPU, in one part.
     """
-    if plan.order_S.device.type != "cpu":
-        return in_one_part(plan)
+    if (row_bytes, slots) not in plan.layouts:
+        on_cpu = plan.order_S.device.type == "cpu"
+        plan.layouts[row_bytes, slots] = _in_parts(plan, row_bytes, slots) if on_cpu else in_one_part(plan)
+    return plan.layouts[row_bytes, slots]
+
+
+def _in_parts(plan: RoutingPlan, row_bytes: int, slots: bool) -> Layout:
     counts = plan.counts_E.tolist()
     chosen = _choose(counts, max(1, BYTES // max(1, row_bytes)), slots)
     rows_of_E = [n if slots is None else slots for first, stop, slots in chosen for n in counts[first:stop]]
@@ -171,16 +181,16 @@ def lay_out(plan: RoutingPlan, row_bytes: int, slots: bool = True) -> Layout:
         rows = slice(starts[first], starts[stop])
         empty_R = None if real_R is None else real_R[rows].logical_not().nonzero().flatten()
         empty_R = None if empty_R is None or not len(empty_R) else empty_R
-        parts.append(Part(plan, slice(first, stop), rows, slots_each, copies_R[rows], empty_R))
-    return Layout(
-        parts, position_S.view_as(plan.indices_NK), starts[-1] + len(plan.order_S) - plan.num_placed, starts[-1]
-    )
+        ends_E = torch.tensor(list(accumulate(counts[first:stop])), dtype=torch.int32)
+        parts.append(Part(slice(first, stop), rows, ends_E, plan.num_selected, slots_each, copies_R[rows], empty_R))
+    nobodys = len(plan.order_S) - plan.num_placed
+    return Layout(parts, position_S.view_as(plan.indices_NK), starts[-1] + nobodys, starts[-1])
 
 
 def in_one_part(plan: RoutingPlan) -> Layout:
     """All experts together, for products that are one launch each."""
-    copies_R = plan.order_S[: plan.num_placed]
-    part = Part(plan, slice(0, plan.num_experts), slice(0, plan.num_placed), None, copies_R, None, grouped=True)
+    experts, rows = slice(0, plan.num_experts), slice(0, plan.num_placed)
+    part = Part(experts, rows, plan.ends_E, plan.num_selected, None, plan.order_S[rows], None, grouped=True)
     return Layout([part], plan.position_S.view_as(plan.indices_NK), len(plan.order_S), plan.num_placed)
 
 

@@ -3,9 +3,9 @@
 Shapes: `N` tokens, `E` experts, `K` experts chosen per token, `S = N K` routed copies; copy `s = n K + k`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -86,6 +86,8 @@ class RoutingPlan:
     order_S: Tensor
     position_S: Tensor
     offsets: Tensor
+    # How its rows are laid out for products on a CPU, by `layout`: found in the forward, asked for in the backward.
+    layouts: dict[tuple[int, bool], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_experts(self) -> int:
