@@ -12,6 +12,7 @@ import pytest
 
 from moe_mtl.cli import COMMANDS, main
 from moe_mtl.models import REGISTRY
+from moe_mtl.tuners import METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "BENCHMARKS.md", "model_cards/README.md"]
@@ -89,6 +90,12 @@ def test_every_model_type_has_its_row() -> None:
     assert sorted(name for cell in rows for name in re.findall(r"`(\w+)`", cell)) == sorted(REGISTRY)
 
 
+def test_every_tuner_has_its_row() -> None:
+    section = prose("README.md").partition("## Many tasks, one language model")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1].strip(" `") for line in section.splitlines() if line.startswith("| `")]
+    assert sorted(rows) == sorted(config.__name__ for config in METHODS)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_in_the_text_exist(page: str, capsys: pytest.CaptureFixture) -> None:
     for text in re.findall(r"`moe-mtl\s([^`]+)`", prose(page)):
@@ -108,7 +115,10 @@ def test_the_python_works(page: str, code: str) -> None:
     names: dict = {}
     with contextlib.chdir(ROOT):
         exec(compile(code, page, "exec"), names)
-    if page == "README.md":
+    if "sql" in names:
+        assert names["loss"].isfinite()
+        assert str(names["sql"].peft_config["default"].peft_type) == "PeftType.LORA"
+    elif page == "README.md":
         assert set(names["model"].tasks) <= set(names["answers"])
         assert {len(answers) for answers in names["answers"].values()} == {len(names["rows"])}
         assert names["parity"].tasks == ["parity"]

@@ -38,6 +38,7 @@ def rank_experts(
     renormalise: bool = False,
     mix_TPR: Tensor | None = None,
     tasks_N: Tensor | None = None,
+    counts_P: Tensor | None = None,
     backend: RankBackend | None = None,
 ) -> Tensor:
     """Adds a gated low-rank adapter to the output of its base layer.
@@ -71,6 +72,7 @@ def rank_experts(
         renormalise: divide the chosen weights by their sum.
         mix_TPR: a matrix per task, in the dtype of `x` or float32; differentiable.
         tasks_N: int64, the task of each token, in `[0, T)`.
+        counts_P: int64; to it is added how many tokens chose each rank.
         backend: `torch` or `triton`; by default `triton` on CUDA where it is installed and takes the case.
 
     Returns:
@@ -82,14 +84,14 @@ def rank_experts(
             anything is computed.
         RuntimeError: a task out of range, found when the tasks are read.
     """
-    _check(x_ND, a_RD, b_OP, base_NO, gate_NP, num_selected, bias_P, renormalise, mix_TPR, tasks_N)
+    _check(x_ND, a_RD, b_OP, base_NO, gate_NP, num_selected, bias_P, renormalise, mix_TPR, tasks_N, counts_P)
     device = x_ND.device.type
     dtype = x_ND.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     backend = _backend(backend, x_ND, max(len(a_RD), b_OP.shape[1]))
     with _no_autocast(device):
-        return _RankExperts.apply(
+        out_NO, chosen_NP = _RankExperts.apply(
             x_ND.to(dtype),
             a_RD.to(dtype),
             b_OP.to(dtype),
@@ -103,6 +105,9 @@ def rank_experts(
             renormalise,
             backend,
         )
+    if counts_P is not None:
+        counts_P += chosen_NP.sum(0)
+    return out_NO
 
 
 def _check(
@@ -116,6 +121,7 @@ def _check(
     renormalise: bool,
     mix_TPR: Tensor | None,
     tasks_N: Tensor | None,
+    counts_P: Tensor | None,
 ) -> None:
     if x_ND.dim() != 2 or x_ND.dtype not in _DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
@@ -138,13 +144,15 @@ def _check(
         ("gate", gate_NP, (rows, ranks)),
         ("bias", bias_P, (ranks,)),
         ("tasks", tasks_N, (rows,)),
+        ("counts", counts_P, (ranks,)),
     ):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name}: expected shape {list(shape)}, found {list(tensor.shape)}")
     if num_selected is not None and not 1 <= num_selected <= ranks:
         raise ValueError(f"num_selected: expected 1 to {ranks}, found {num_selected}")
-    if bias_P is not None and num_selected is None:
-        raise ValueError("bias: expected num_selected beside it, as it matters for the choice alone, found None")
+    for name, tensor in (("bias", bias_P), ("counts", counts_P)):
+        if tensor is not None and num_selected is None:
+            raise ValueError(f"{name}: expected num_selected beside it, as it is of the choice alone, found None")
     if renormalise and (num_selected is None or gate_NP is None):
         raise ValueError("renormalise: expected a gate and num_selected beside it, found one of them None")
 
@@ -161,6 +169,7 @@ def _check(
         ("bias", bias_P, either),
         ("mix", mix_TPR, either),
         ("tasks", tasks_N, {torch.int64}),
+        ("counts", counts_P, {torch.int64}),
     ):
         if tensor is not None and tensor.dtype not in dtypes:
             names = " or ".join(sorted(map(str, dtypes)))
@@ -210,18 +219,19 @@ class _RankExperts(torch.autograd.Function):
         num_selected: int,
         renormalise: bool,
         backend: RankBackend,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         down, up = (_down_triton, _up_triton) if backend == "triton" else (_down_torch, _up_torch)
         h_NR, z_NP, chosen_NP = down(x_ND, a_RD, gate_NP, mix_TPR, bias_P, tasks_N, scale, num_selected, renormalise)
         kept_x = x_ND if ctx.needs_input_grad[1] else None
         ctx.save_for_backward(kept_x, a_RD, b_OP, gate_NP, mix_TPR, tasks_N, h_NR, chosen_NP)
         ctx.scale, ctx.num_selected, ctx.renormalise, ctx.backend = scale, num_selected, renormalise, backend
-        return up(z_NP, b_OP, base_NO)
+        ctx.mark_non_differentiable(chosen_NP)
+        return up(z_NP, b_OP, base_NO), chosen_NP
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_NO,) = grads
+        grad_NO, _ = grads
         with _no_autocast(grad_NO.device.type):
             return _gradients(ctx, grad_NO)
 

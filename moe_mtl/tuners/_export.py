@@ -1,0 +1,71 @@
+"""From an adapter of many tasks to what one task needs: a plain LoRA that runs where moe_mtl is not installed."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+
+from ._base import RankLayer
+
+
+def extract_task(model: PeftModel, task: str | None = None, adapter_name: str | None = None) -> PeftModel:
+    """One task's adapter as a LoRA of PEFT, on the same base weights, which both models then share.
+
+    Args:
+        model: with an adapter of this package.
+        task: its name; None for methods that do not tell tasks apart.
+        adapter_name: which adapter, by default the active one.
+
+    Returns:
+        a model of the same class whose adapter is a LoRA named "default": `save_pretrained`, `merge_and_unload` and all
+        else as PEFT has it. Its output equals that of the whole model for the task, up to rounding in float32.
+
+    Raises:
+        NotImplementedError: what the adapter computes depends on the input; says how.
+        ValueError: an unknown adapter or task.
+    """
+    name = adapter_name or model.active_adapter
+    if name not in model.peft_config:
+        raise ValueError(f"adapter_name: expected one of {', '.join(model.peft_config)}, found {name!r}")
+    config: Any = model.peft_config[name]
+    layers = {key: layer for key, layer in model.get_base_model().named_modules() if isinstance(layer, RankLayer)}
+    with torch.no_grad():
+        pairs = {key: layer.lora_of(name, task) for key, layer in layers.items() if name in layer.moe_adapters}
+    # The weights of the base model are shared, not copied.
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    base = copy.deepcopy(model, shared).unload()
+    ranks = {len(a_RD) for a_RD, _ in pairs.values()}
+    assert len(ranks) == 1
+    rank = ranks.pop()
+    lora = get_peft_model(
+        base,
+        LoraConfig(
+            task_type=config.task_type,
+            r=rank,
+            lora_alpha=rank * config.scale,
+            target_modules=list(pairs),
+            modules_to_save=config.modules_to_save,
+            base_model_name_or_path=config.base_model_name_or_path,
+        ),
+    )
+    for key, layer in lora.get_base_model().named_modules():
+        if key in pairs:
+            for projection, weight in zip(("lora_A", "lora_B"), pairs[key], strict=True):
+                parameter = getattr(layer, projection)["default"].weight
+                parameter.data = weight.to(parameter.device, parameter.dtype).contiguous()
+    return lora.eval()
+
+
+def load_adapter(model: nn.Module, folder: str | Path, **options: Any) -> PeftModel:
+    """PEFT's `PeftModel.from_pretrained`, in a process where importing this package has made its methods known.
+
+    Raises:
+        ValueError: the folder holds no adapter.
+    """
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise ValueError(f"expected the folder of an adapter, with adapter_config.json, found {folder}")
+    config = PeftConfig.from_pretrained(str(folder))
+    return PeftModel.from_pretrained(model, str(folder), config=config, **options)

@@ -1,0 +1,113 @@
+"""Which task each sample of a batch has, from the call of a model to its adapter layers.
+
+A base model's `forward` knows no tasks, and PEFT drops keywords that it does not know. So a hook takes `tasks` out of
+the call before the base model sees it. What it found stays until the next call: gradient checkpointing runs layers
+again in the backward, when the call is long over.
+
+Shapes: `B` samples, `N` tokens.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..naming import nearest
+
+Tasks = str | Sequence[str] | Tensor
+
+
+class CurrentTasks:
+    """Shared by all adapter layers of one model.
+
+    Attributes:
+        always: the task, or the tasks, of calls that name none.
+        merged: the task whose adapters were merged into the weights of a model that has no adapter layers any more.
+    """
+
+    def __init__(self) -> None:
+        self.always: Tasks | None = None
+        self.merged: str | None = None
+        # By device, as the replicas of a data-parallel model run side by side and each has its own share of the batch.
+        self._of_call: dict[torch.device | None, Tasks | None] = {}
+        self._last: Tasks | None = None
+        self._repeats = False
+        self._known: dict[Any, Tensor] = {}
+
+    def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Forward pre-hook of the base model: takes `tasks` out of the call."""
+        tasks = kwargs.pop("tasks", None)
+        if tasks is None:
+            tasks = self.always
+        if self.merged is not None:
+            _check_merged(self.merged, tasks)
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        self._of_call[next((t.device for t in tensors), None)] = tasks
+        self._last = tasks
+        self._known.clear()
+        return args, kwargs
+
+    @contextlib.contextmanager
+    def set(self, tasks: Tasks | None, repeats: bool = False) -> Iterator[None]:
+        """For the calls inside. `repeats`: of a sample there may be several rows side by side, as beams are."""
+        before = self.always, self._repeats
+        self.always, self._repeats = tasks, repeats
+        try:
+            yield
+        finally:
+            self.always, self._repeats = before
+
+    def check_merged(self, task: str, x: Tensor) -> None:
+        """Refuses a call for other tasks than the one that is merged into a layer's weight."""
+        _check_merged(task, self._of_call.get(x.device, self._last))
+
+    def of_tokens(self, names: Sequence[str], x: Tensor) -> Tensor:
+        """The number in `names` of each token's task, `[N]`, for `x` of shape `[B, ..., D]`.
+
+        Raises:
+            ValueError: no task was given, an unknown one, or as many as do not fit the batch.
+        """
+        tasks = self._of_call.get(x.device, self._last)
+        if tasks is None:
+            raise ValueError(
+                f"tasks: expected one of {', '.join(names)} per sample, found none; "
+                "call the model with tasks=[...], or choose one for all calls with set_task"
+            )
+        key = (tuple(names), x.shape[:-1], x.device)
+        if key not in self._known:
+            ids_B = _numbers(tasks, names, len(x)).to(x.device)
+            if len(ids_B) != len(x):
+                if not self._repeats or len(x) % len(ids_B):
+                    raise ValueError(f"tasks: expected {len(x)}, one per sample, found {len(ids_B)}")
+                ids_B = ids_B.repeat_interleave(len(x) // len(ids_B))
+            self._known[key] = ids_B.repeat_interleave(x.shape[:-1].numel() // max(1, len(x)))
+        return self._known[key]
+
+
+def number(task: str, names: Sequence[str]) -> int:
+    """Its place among the names; an unknown one is a ValueError."""
+    if task not in names:
+        raise ValueError(f"tasks: expected one of {', '.join(names)}, found {task!r}{nearest(task, names)}")
+    return list(names).index(task)
+
+
+def _numbers(tasks: Tasks, names: Sequence[str], batch: int) -> Tensor:
+    if isinstance(tasks, str):
+        return torch.full((batch,), number(tasks, names))
+    if not isinstance(tasks, Tensor):
+        return torch.tensor([number(task, names) for task in tasks])
+    if tasks.dim() != 1 or tasks.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"tasks: expected int64 of shape [{batch}], found {tasks.dtype} of shape {list(tasks.shape)}")
+    if tasks.numel() and not 0 <= int(tasks.min()) <= int(tasks.max()) < len(names):
+        raise ValueError(f"tasks: expected numbers in [0, {len(names)}), found {tasks.tolist()}")
+    return tasks.long()
+
+
+def _check_merged(merged: str, tasks: Tasks | None) -> None:
+    if tasks is None:
+        return
+    named = {tasks} if isinstance(tasks, str) else set(tasks.tolist() if isinstance(tasks, Tensor) else tasks)
+    if named - {merged}:
+        raise ValueError(f"tasks: expected {merged!r}, which is merged into the weights, found {tasks!r}")
