@@ -1,23 +1,21 @@
 """transformers' own `ModelTesterMixin`, taken from the source release of the installed version, over every model.
 
-The two files are fetched with pip at the first run and kept in pytest's cache; nothing of them is kept in this
-repository. Every skip must be in the list below, and everything in the list must be skipped.
+Every skip must be in the list below, and everything in the list must be skipped.
 """
 
 import fnmatch
 import os
 import subprocess
 import sys
-import tarfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 import transformers
 import zoo
+from upstream_release import fetched
 
 HERE = Path(__file__).parent
-VERSION = transformers.__version__
 FILES = ("test_modeling_common.py", "test_configuration_common.py")
 # What those files import of upstream's test folder and the release leaves out.
 STUBS = {
@@ -87,35 +85,10 @@ EXPECTED_SKIPS = {
 }
 
 
-def unavailable(reason: str) -> None:
-    """A skip on a desk without a network; where `CI` is set, a failure: there the suite must run."""
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(f"transformers {VERSION}'s tests could not be had: {reason}")
-
-
 @pytest.fixture(scope="module")
 def upstream(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the package `upstream`: the release's two files and the stubs."""
-    folder = request.config.cache.mkdir("transformers-tests") / VERSION
-    if not folder.is_dir():
-        made = tmp_path_factory.mktemp("download")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-        command += ["--no-build-isolation", f"transformers=={VERSION}", "--dest", str(made)]
-        try:
-            run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        except subprocess.TimeoutExpired:
-            unavailable("pip took more than 300 s")
-        if run.returncode:
-            unavailable((run.stderr.strip().splitlines() or ["pip said nothing"])[-1])
-        package = folder.with_name(f"{VERSION}.{os.getpid()}") / "upstream"
-        for name, text in STUBS.items():
-            (package / name).parent.mkdir(parents=True, exist_ok=True)
-            (package / name).write_text(text)
-        with tarfile.open(made / f"transformers-{VERSION}.tar.gz") as archive:
-            for name in FILES:
-                member = archive.extractfile(f"transformers-{VERSION}/tests/{name}")
-                (package / name).write_bytes(member.read())
-        package.parent.rename(folder)
-    return folder
+    return fetched(request, tmp_path_factory.mktemp("download"), "transformers", transformers.__version__, FILES, STUBS)
 
 
 def test_upstream_suite(upstream: Path, tmp_path: Path) -> None:
