@@ -164,7 +164,7 @@ def contenders(
     a_RD, b_OR = (draw(ranks, width) / width**0.5).to(dtype), draw(outputs, ranks).to(dtype)
     gate_NR = draw(tokens, ranks).softmax(-1).to(dtype) if kind in ("gate", "smora") else None
     mix_TRR = (draw(TASKS, ranks, ranks) / ranks**0.5).to(dtype) if kind == "mtl-lora" else None
-    tasks_N = torch.randint(TASKS, (tokens,), generator=g).to(options.device) if kind == "mtl-lora" else None
+    tasks_G = torch.randint(TASKS, (tokens,), generator=g).to(options.device) if kind == "mtl-lora" else None
     bias_R = (0.01 * draw(ranks)).to(dtype) if kind in ("smora", "flylora") else None
     grad_NO = draw(tokens, outputs).to(dtype)
     number = chosen if bias_R is not None else None
@@ -182,13 +182,13 @@ def contenders(
             num_selected=number,
             bias_P=bias_R,
             mix_TPR=mix_TRR,
-            tasks_N=tasks_N,
+            tasks_G=tasks_G,
         )
 
     def unfused() -> Tensor:
         h_NR = x_ND @ a_RD.t()
         if mix_TRR is not None:
-            h_NR = (mix_TRR[tasks_N] @ h_NR.unsqueeze(-1)).squeeze(-1)
+            h_NR = (mix_TRR[tasks_G] @ h_NR.unsqueeze(-1)).squeeze(-1)
         if bias_R is not None:
             key_NR = (h_NR.abs() if gate_NR is None else gate_NR).detach() + bias_R
             h_NR = h_NR * torch.zeros_like(h_NR).scatter(1, key_NR.topk(chosen).indices, 1.0)

@@ -24,9 +24,11 @@ def forward(
     in_graph: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """`[N, O]`, and where `keep` what enters the activation: part by part, in a graph `[S, P]` as a whole."""
-    # A graph must know the number of rows. And in single precision the forward's products are one by one: see `Part`.
-    slots = not in_graph and (keep or x_ND.dtype != torch.float32)
+    # In single precision the forward's products are one by one: see `Part`.
+    slots = _may_have_slots(activation, in_graph) and (keep or x_ND.dtype != torch.float32)
     rows = lay_out(plan, w.wide * x_ND.itemsize, slots)
+    if plan.num_placed < len(plan.order_S):  # whatever weight a copy for nobody has, it adds nothing
+        weights_NK = weights_NK.masked_fill(plan.indices_NK == plan.num_experts, 0)
     y_RO = rows.empty(w.down_EOH.shape[1], x_ND)
     whole_RP = rows.empty(w.wide, x_ND) if keep and in_graph else None
     kept = []
@@ -53,7 +55,7 @@ def backward(
     in_graph: bool = False,
 ) -> PerInput[Tensor | None]:
     """Gradients of what `needs` asks for; what was not kept is computed again. Frees `kept` on the way."""
-    rows = lay_out(plan, w.wide * x_ND.itemsize, slots=not in_graph)
+    rows = lay_out(plan, w.wide * x_ND.itemsize, _may_have_slots(activation, in_graph))
     weights_S1 = weights_NK.reshape(-1, 1)
     wide = torch.promote_types(x_ND.dtype, torch.float32)
     dx_RD = rows.empty(x_ND.shape[1], x_ND) if needs.x else None
@@ -93,6 +95,11 @@ def backward(
     if dx_RD is not None:
         found.x = combine(dx_RD, rows)
     return found
+
+
+def _may_have_slots(activation: str | Activation, in_graph: bool) -> bool:
+    """A graph must know the number of rows; and an empty slot's zeros may be what a function is not defined for."""
+    return not in_graph and isinstance(activation, str)
 
 
 def linear_forward(x: Tensor, w_EPD: Tensor, plan: RoutingPlan, by_token: bool) -> Tensor:

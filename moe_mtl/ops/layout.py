@@ -169,9 +169,9 @@ def _in_parts(plan: RoutingPlan, row_bytes: int, slots: bool) -> Layout:
     starts = list(accumulate(rows_of_E, initial=0))
     copies_R, position_S, real_R = plan.order_S[: plan.num_placed], plan.position_S, None
     if starts[-1] > plan.num_placed:
-        starts_E1 = torch.tensor(starts)
-        experts_R = torch.repeat_interleave(torch.tensor(rows_of_E))
-        nth_R = torch.arange(starts[-1]) - starts_E1.index_select(0, experts_R)
+        starts_E1 = torch.tensor(starts, device="cpu")
+        experts_R = torch.repeat_interleave(torch.tensor(rows_of_E, device="cpu"))
+        nth_R = torch.arange(starts[-1], device="cpu") - starts_E1.index_select(0, experts_R)
         real_R = nth_R < plan.counts_E.index_select(0, experts_R)
         places_R = torch.where(real_R, plan.offsets.index_select(0, experts_R) + nth_R, 0)
         copies_R = plan.order_S.index_select(0, places_R)
@@ -181,7 +181,7 @@ def _in_parts(plan: RoutingPlan, row_bytes: int, slots: bool) -> Layout:
         rows = slice(starts[first], starts[stop])
         empty_R = None if real_R is None else real_R[rows].logical_not().nonzero().flatten()
         empty_R = None if empty_R is None or not len(empty_R) else empty_R
-        ends_E = torch.tensor(list(accumulate(counts[first:stop])), dtype=torch.int32)
+        ends_E = torch.tensor(list(accumulate(counts[first:stop])), dtype=torch.int32, device="cpu")
         parts.append(Part(slice(first, stop), rows, ends_E, plan.num_selected, slots_each, copies_R[rows], empty_R))
     nobodys = len(plan.order_S) - plan.num_placed
     return Layout(parts, position_S.view_as(plan.indices_NK), starts[-1] + nobodys, starts[-1])

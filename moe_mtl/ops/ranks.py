@@ -6,7 +6,8 @@ The gain is bytes. Tokens are read once, the base's output is read and the sum w
 happen on the small side, at width `P`. Choosing `K` of `P` ranks saves no time: a matrix unit multiplies whole tiles.
 
 Shapes: `N` tokens, `D` width, `R` ranks of the down-projection, `P` ranks that reach gate and up-projection (`R`, or
-what the mix makes of them), `K` of them chosen per token, `T` tasks, `O` output width.
+what the mix makes of them), `K` of them chosen per token, `T` tasks, `G` runs of tokens of one task each, `O` output
+width.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ def rank_experts(
     bias_P: Tensor | None = None,
     renormalise: bool = False,
     mix_TPR: Tensor | None = None,
-    tasks_N: Tensor | None = None,
+    tasks_G: Tensor | None = None,
     counts_P: Tensor | None = None,
     backend: RankBackend | None = None,
 ) -> Tensor:
@@ -71,7 +72,8 @@ def rank_experts(
         bias_P: added for the choice alone.
         renormalise: divide the chosen weights by their sum.
         mix_TPR: a matrix per task, in the dtype of `x` or float32; differentiable.
-        tasks_N: int64, the task of each token, in `[0, T)`.
+        tasks_G: int64, each in `[0, T)`: the task of each token, or of each run of `N / G` tokens, as the tokens of one
+            sample are. Of runs the time does not grow with `T`.
         counts_P: int64; to it is added how many tokens chose each rank.
         backend: `torch` or `triton`; by default `triton` on CUDA where it is installed and takes the case.
 
@@ -82,9 +84,9 @@ def rank_experts(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot take them; raised before
             anything is computed.
-        RuntimeError: a task out of range, found when the tasks are read.
+        RuntimeError, IndexError: a task out of range, found when the tasks are read.
     """
-    _check(x_ND, a_RD, b_OP, base_NO, gate_NP, num_selected, bias_P, renormalise, mix_TPR, tasks_N, counts_P)
+    _check(x_ND, a_RD, b_OP, base_NO, gate_NP, num_selected, bias_P, renormalise, mix_TPR, tasks_G, counts_P)
     device = x_ND.device.type
     dtype = x_ND.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
@@ -99,7 +101,7 @@ def rank_experts(
             gate_NP,
             mix_TPR,
             bias_P,
-            tasks_N,
+            tasks_G,
             float(scale),
             num_selected or 0,
             renormalise,
@@ -120,7 +122,7 @@ def _check(
     bias_P: Tensor | None,
     renormalise: bool,
     mix_TPR: Tensor | None,
-    tasks_N: Tensor | None,
+    tasks_G: Tensor | None,
     counts_P: Tensor | None,
 ) -> None:
     if x_ND.dim() != 2 or x_ND.dtype not in _DTYPES:
@@ -130,8 +132,8 @@ def _check(
     if a_RD.dim() != 2 or a_RD.shape[1] != width or not len(a_RD):
         raise ValueError(f"a: expected shape [R, {width}], R of 1 at least, found {list(a_RD.shape)}")
     ranks = len(a_RD)
-    if (mix_TPR is None) != (tasks_N is None):
-        given = "mix" if tasks_N is None else "tasks"
+    if (mix_TPR is None) != (tasks_G is None):
+        given = "mix" if tasks_G is None else "tasks"
         raise ValueError(f"mix, tasks: expected both or neither, found {given} alone")
     if mix_TPR is not None:
         if mix_TPR.dim() != 3 or mix_TPR.shape[2] != ranks or not mix_TPR.shape[0] * mix_TPR.shape[1]:
@@ -143,11 +145,12 @@ def _check(
         ("base", base_NO, (rows, len(b_OP))),
         ("gate", gate_NP, (rows, ranks)),
         ("bias", bias_P, (ranks,)),
-        ("tasks", tasks_N, (rows,)),
         ("counts", counts_P, (ranks,)),
     ):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name}: expected shape {list(shape)}, found {list(tensor.shape)}")
+    if tasks_G is not None and (tasks_G.dim() != 1 or rows % max(1, len(tasks_G)) or (rows and not len(tasks_G))):
+        raise ValueError(f"tasks: expected shape [{rows}], or of an equal share of it, found {list(tasks_G.shape)}")
     if num_selected is not None and not 1 <= num_selected <= ranks:
         raise ValueError(f"num_selected: expected 1 to {ranks}, found {num_selected}")
     for name, tensor in (("bias", bias_P), ("counts", counts_P)):
@@ -168,7 +171,7 @@ def _check(
         ("gate", gate_NP, either),
         ("bias", bias_P, either),
         ("mix", mix_TPR, either),
-        ("tasks", tasks_N, {torch.int64}),
+        ("tasks", tasks_G, {torch.int64}),
         ("counts", counts_P, {torch.int64}),
     ):
         if tensor is not None and tensor.dtype not in dtypes:
@@ -214,16 +217,16 @@ class _RankExperts(torch.autograd.Function):
         gate_NP: Tensor | None,
         mix_TPR: Tensor | None,
         bias_P: Tensor | None,
-        tasks_N: Tensor | None,
+        tasks_G: Tensor | None,
         scale: float,
         num_selected: int,
         renormalise: bool,
         backend: RankBackend,
     ) -> tuple[Tensor, Tensor]:
         down, up = (_down_triton, _up_triton) if backend == "triton" else (_down_torch, _up_torch)
-        h_NR, z_NP, chosen_NP = down(x_ND, a_RD, gate_NP, mix_TPR, bias_P, tasks_N, scale, num_selected, renormalise)
+        h_NR, z_NP, chosen_NP = down(x_ND, a_RD, gate_NP, mix_TPR, bias_P, tasks_G, scale, num_selected, renormalise)
         kept_x = x_ND if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(kept_x, a_RD, b_OP, gate_NP, mix_TPR, tasks_N, h_NR, chosen_NP)
+        ctx.save_for_backward(kept_x, a_RD, b_OP, gate_NP, mix_TPR, tasks_G, h_NR, chosen_NP)
         ctx.scale, ctx.num_selected, ctx.renormalise, ctx.backend = scale, num_selected, renormalise, backend
         ctx.mark_non_differentiable(chosen_NP)
         return up(z_NP, b_OP, base_NO), chosen_NP
@@ -237,9 +240,9 @@ class _RankExperts(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
-    x_ND, a_RD, b_OP, gate_NP, mix_TPR, tasks_N, h_NR, chosen_NP = ctx.saved_tensors
+    x_ND, a_RD, b_OP, gate_NP, mix_TPR, tasks_G, h_NR, chosen_NP = ctx.saved_tensors
     needs_x, needs_a, needs_b, needs_base, needs_gate, needs_mix = ctx.needs_input_grad[:6]
-    u_NP = h_NR if mix_TPR is None else _mixed(h_NR, mix_TPR, tasks_N)
+    u_NP = h_NR if mix_TPR is None else _mixed(h_NR, mix_TPR, tasks_G)
     back = _back_triton if ctx.backend == "triton" else _back_torch
     du_NP, z_NP, dgate_NP = back(
         grad_NO, b_OP, u_NP, gate_NP, chosen_NP, ctx.scale, ctx.num_selected > 0, ctx.renormalise
@@ -250,12 +253,11 @@ def _gradients(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
     if needs_gate:
         dgate = dgate_NP.to(gate_NP.dtype)
     if needs_mix:
-        sums = du_NP.t() @ _at_tasks(h_NR, tasks_N, len(mix_TPR))
-        dmix_TPR = sums.unflatten(1, (len(mix_TPR), -1)).transpose(0, 1).to(mix_TPR.dtype)
+        dmix_TPR = _mix_gradient(du_NP, h_NR, mix_TPR, tasks_G)
     if needs_x or needs_a:
         dh_NR = du_NP
         if mix_TPR is not None:
-            dh_NR = _at_tasks(du_NP, tasks_N, len(mix_TPR)) @ mix_TPR.to(du_NP.dtype).flatten(0, 1)
+            dh_NR = _mixed(du_NP, mix_TPR.transpose(1, 2), tasks_G)
         dh_NR = dh_NR.to(grad_NO.dtype)
         if needs_a:
             da_RD = dh_NR.t() @ x_ND
@@ -271,7 +273,7 @@ def _down_torch(
     gate_NP: Tensor | None,
     mix_TPR: Tensor | None,
     bias_P: Tensor | None,
-    tasks_N: Tensor | None,
+    tasks_G: Tensor | None,
     scale: float,
     num_selected: int,
     renormalise: bool,
@@ -283,7 +285,7 @@ def _down_torch(
         h_NR = torch.mm(x_ND, a_RD.t(), out_dtype=torch.float32)
     else:  # rounding here could change the choice, and the mix
         h_NR = x_ND.float() @ a_RD.t().float()
-    u_NP = h_NR if mix_TPR is None or tasks_N is None else _mixed(h_NR, mix_TPR, tasks_N)
+    u_NP = h_NR if mix_TPR is None or tasks_G is None else _mixed(h_NR, mix_TPR, tasks_G)
     gate = None if gate_NP is None else gate_NP.to(u_NP.dtype)
     chosen_NP = torch.empty(0, dtype=torch.bool, device=x_ND.device)
     if num_selected:
@@ -346,14 +348,38 @@ def _largest(key_NP: Tensor, number: int) -> Tensor:
     return above_NP | (equal_NP & (equal_NP.cumsum(-1) <= number - above_NP.sum(-1, keepdim=True)))
 
 
-def _mixed(h_NR: Tensor, mix_TPR: Tensor, tasks_N: Tensor) -> Tensor:
+# So many tasks at most have a column each, where every token has a task of its own: a product with the columns needs no
+# matrix per token, but takes as long as there are tasks.
+FEW_TASKS = 16
+
+
+def _mixed(h_NR: Tensor, mix_TPR: Tensor, tasks_G: Tensor) -> Tensor:
     """Each row times its task's matrix: `[N, P]`."""
-    stacked = mix_TPR.to(h_NR.dtype).transpose(1, 2).flatten(0, 1)
-    return _at_tasks(h_NR, tasks_N, len(mix_TPR)) @ stacked
+    mix_TPR = mix_TPR.to(h_NR.dtype)
+    if _in_columns(h_NR, mix_TPR, tasks_G):
+        return _at_tasks(h_NR, tasks_G, len(mix_TPR)) @ mix_TPR.transpose(1, 2).flatten(0, 1)
+    mix_GPR = mix_TPR.index_select(0, tasks_G)
+    return torch.bmm(_in_runs(h_NR, tasks_G), mix_GPR.transpose(1, 2)).flatten(0, 1)
+
+
+def _mix_gradient(du_NP: Tensor, h_NR: Tensor, mix_TPR: Tensor, tasks_G: Tensor) -> Tensor:
+    if _in_columns(h_NR, mix_TPR, tasks_G):
+        sums = du_NP.t() @ _at_tasks(h_NR, tasks_G, len(mix_TPR))
+        return sums.unflatten(1, (len(mix_TPR), -1)).transpose(0, 1).to(mix_TPR.dtype)
+    sums_GPR = torch.bmm(_in_runs(du_NP, tasks_G).transpose(1, 2), _in_runs(h_NR, tasks_G))
+    return sums_GPR.new_zeros(mix_TPR.shape).index_add_(0, tasks_G, sums_GPR).to(mix_TPR.dtype)
+
+
+def _in_columns(h_NR: Tensor, mix_TPR: Tensor, tasks_G: Tensor) -> bool:
+    return len(tasks_G) == len(h_NR) and len(mix_TPR) <= FEW_TASKS
+
+
+def _in_runs(rows_NR: Tensor, tasks_G: Tensor) -> Tensor:
+    return rows_NR.unflatten(0, (len(tasks_G), -1)) if len(tasks_G) else rows_NR.unsqueeze(1)
 
 
 def _at_tasks(rows_NR: Tensor, tasks_N: Tensor, num_tasks: int) -> Tensor:
-    """Each row in its task's columns, zeros elsewhere, `[N, T R]`: a product with it needs no matrix per token."""
+    """Each row in its task's columns, zeros elsewhere, `[N, T R]`."""
     wide_NTR = rows_NR.new_zeros(len(rows_NR), num_tasks, rows_NR.shape[1])
     index = tasks_N.view(-1, 1, 1).expand(-1, 1, rows_NR.shape[1])
     return wide_NTR.scatter(1, index, rows_NR.unsqueeze(1)).flatten(1)
@@ -369,18 +395,20 @@ def _down_triton(
     gate_NP: Tensor | None,
     mix_TPR: Tensor | None,
     bias_P: Tensor | None,
-    tasks_N: Tensor | None,
+    tasks_G: Tensor | None,
     scale: float,
     num_selected: int,
     renormalise: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from . import triton_ranks
 
-    return triton_ranks.down(x_ND, a_RD, gate_NP, mix_TPR, bias_P, tasks_N, scale, num_selected, renormalise)
+    if tasks_G is not None and len(tasks_G) < len(x_ND):
+        tasks_G = tasks_G.repeat_interleave(len(x_ND) // len(tasks_G))
+    return triton_ranks.down(x_ND, a_RD, gate_NP, mix_TPR, bias_P, tasks_G, scale, num_selected, renormalise)
 
 
 @_down_triton.register_fake
-def _(x_ND, a_RD, gate_NP, mix_TPR, bias_P, tasks_N, scale, num_selected, renormalise):  # type: ignore[no-untyped-def]
+def _(x_ND, a_RD, gate_NP, mix_TPR, bias_P, tasks_G, scale, num_selected, renormalise):  # type: ignore[no-untyped-def]
     rows, ranks = len(x_ND), len(a_RD) if mix_TPR is None else mix_TPR.shape[1]
     chosen = x_ND.new_empty((rows, ranks) if num_selected else (0,), dtype=torch.bool)
     return x_ND.new_empty(rows, len(a_RD), dtype=torch.float32), x_ND.new_empty(rows, ranks), chosen

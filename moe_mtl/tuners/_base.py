@@ -108,7 +108,7 @@ class RankAdapter(nn.Module):
         self.a_RD: Tensor
         self.b_OP: Tensor
 
-    def options(self, x_ND: Tensor, tasks_N: Tensor | None) -> dict[str, Any]:
+    def options(self, x_ND: Tensor, tasks_B: Tensor | None) -> dict[str, Any]:
         """What `rank_experts` is to do between the projections."""
         return {}
 
@@ -124,12 +124,12 @@ class RankAdapter(nn.Module):
         """
         raise NotImplementedError(self.depends_on_input)
 
-    def forward(self, x: Tensor, base: Tensor, tasks_N: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, tasks_B: Tensor | None) -> Tensor:
         """`base` with the adapter's output added, `[..., O]`."""
-        if self.config.dropout and self.training:
-            x = nn.functional.dropout(x, self.config.dropout)
         x_ND, base_NO = x.to(base.dtype).flatten(0, -2), base.flatten(0, -2)
-        options = self.options(x_ND, tasks_N)
+        options = self.options(x_ND, tasks_B)
+        if self.config.dropout and self.training:
+            x_ND = nn.functional.dropout(x_ND, self.config.dropout)
         return rank_experts(x_ND, self.a_RD, self.up(), base_NO, scale=self.config.scale, **options).view_as(base)
 
 
@@ -168,10 +168,12 @@ class BalancedAdapter(RankAdapter):
     def __init__(self, in_features: int, out_features: int, config: Any):
         super().__init__(in_features, out_features, config)
         self.register_buffer("bias_P", torch.zeros(config.r))
-        self.register_buffer("counts_P", torch.zeros(config.r, dtype=torch.int64), persistent=False)
+        # No buffer: data parallelism would overwrite those with the first process's in every forward.
+        self.counts_P = torch.zeros(config.r, dtype=torch.int64)
 
     def choice(self) -> dict[str, Any]:
         """What `rank_experts` needs to know of it."""
+        self.counts_P = self.counts_P.to(self.bias_P.device)
         counts_P = self.counts_P if self.training else None
         return {"num_selected": self.config.num_selected, "bias_P": self.bias_P, "counts_P": counts_P}
 
@@ -217,22 +219,24 @@ class RankLayer(nn.Module, BaseTunerLayer):
         self.current_tasks = current_tasks
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._merged_task: str | None = None
+        self.merged_tasks: dict[str, str | None] = {}
         self._turned = isinstance(self.get_base_layer(), Conv1D)  # which stores [D, O]
         sizes: Any = _get_in_out_features(self.get_base_layer())
         self.in_features, self.out_features = sizes
 
     def update_layer(self, adapter_name: str, config: RankConfig) -> None:
         """Makes, or makes anew, an adapter."""
-        adapter = config.adapter_class(self.in_features, self.out_features, config)
-        frozen = {name: buffer.clone() for name, buffer in adapter.named_buffers()}
-        self.moe_adapters[adapter_name] = adapter
+        self.moe_adapters[adapter_name] = config.adapter_class(self.in_features, self.out_features, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        for name, buffer in frozen.items():  # which PEFT has just rounded to the base's dtype, never to be undone
-            current = adapter.get_buffer(name)
-            if current.device != torch.device("meta"):
-                setattr(adapter, name, buffer.to(current.device))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Frozen tensors keep their dtype: rounded to the base's they would never be exact again."""
+        adapter = self.adapter(adapter_name)
+        frozen = dict(adapter.named_buffers())
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        for name, buffer in frozen.items():
+            setattr(adapter, name, buffer.to(adapter.get_buffer(name).device))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
@@ -241,14 +245,15 @@ class RankLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
         if self.merged:
-            if self._merged_task is not None:
-                self.current_tasks.check_merged(self._merged_task, x)
+            for task in self.merged_tasks.values():
+                if task is not None:
+                    self.current_tasks.check_merged(task, x)
             return result
         for name in self.active_adapters:
             if name in self.moe_adapters:
                 adapter = self.adapter(name)
-                tasks_N = self.current_tasks.of_tokens(adapter.config.tasks, x) if adapter.by_task else None
-                result = adapter(x, result, tasks_N)
+                tasks_B = self.current_tasks.of_samples(adapter.config.tasks, x) if adapter.by_task else None
+                result = adapter(x, result, tasks_B)
         return result
 
     def lora_of(self, adapter_name: str, task: str | None) -> tuple[Tensor, Tensor]:
@@ -280,25 +285,31 @@ class RankLayer(nn.Module, BaseTunerLayer):
             ValueError: no task is set for adapters that tell tasks apart; or, where `safe_merge`, a weight would become
                 infinite or NaN.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.moe_adapters:
-                continue
-            weight = self._weight()
-            merged = weight.data + self.get_delta_weight(name).to(weight.dtype)
+        always = self.current_tasks.always
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.moe_adapters]
+        tasks = {name: always if self.adapter(name).by_task else None for name in names}
+        told = {task for task in (*tasks.values(), *self.merged_tasks.values()) if task is not None}
+        if len(told) > 1:
+            raise ValueError(
+                f"tasks: expected one for all that is merged, found {' and '.join(sorted(map(str, told)))}"
+            )
+        weight = self._weight()
+        merged = weight.data
+        for name in names:
+            merged = merged + self.get_delta_weight(name).to(weight.dtype)
             if safe_merge and not merged.isfinite().all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            weight.data = merged
+        weight.data = merged
+        for name in names:
             self.merged_adapters.append(name)
-            if self.adapter(name).by_task:
-                self._merged_task = str(self.current_tasks.always)
+            self.merged_tasks[name] = None if tasks[name] is None else str(tasks[name])
 
     def unmerge(self) -> None:
         """Takes merged adapters out again, up to rounding."""
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             weight = self._weight()
-            weight.data = weight.data - self.get_delta_weight(name, self._merged_task).to(weight.dtype)
-        self._merged_task = None
+            weight.data = weight.data - self.get_delta_weight(name, self.merged_tasks.pop(name)).to(weight.dtype)
 
     def adapter(self, name: str) -> "RankAdapter":
         """The adapter of that name."""
@@ -322,6 +333,10 @@ class RankTuner(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         if hasattr(self, "current_tasks"):
             return
+        for hook in list(model._forward_pre_hooks.values()):
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, CurrentTasks) and owner.merged is not None:  # of adapters that are weights by now
+                remove_hooks(model, owner)
         found = (layer.current_tasks for layer in model.modules() if isinstance(layer, RankLayer))
         self.current_tasks = next(found, None) or CurrentTasks()
         if not any(hook == self.current_tasks.enter for hook in model._forward_pre_hooks.values()):
@@ -342,6 +357,10 @@ class RankTuner(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"target_modules: expected layers that are called, found {current_key}, whose weight is read"
+            )
         if not isinstance(base, (nn.Linear, Conv1D)) and not hasattr(base, "in_features"):
             raise ValueError(
                 f"target_modules: expected linear layers, found {current_key} of type {type(base).__name__}"
@@ -358,10 +377,11 @@ class RankTuner(BaseTuner):
         Raises:
             ValueError: a name that no adapter knows.
         """
-        if task is not None:
-            for config in self.peft_config.values():
-                if config.adapter_class.by_task:
-                    number(task, config.tasks)
+        known: list[Any] = [
+            c.tasks for c in self.peft_config.values() if isinstance(c, RankConfig) and c.adapter_class.by_task
+        ]
+        if task is not None and known and not any(task in names for names in known):
+            number(task, [name for names in known for name in names])
         self.current_tasks.always = task
 
     @contextlib.contextmanager
@@ -374,8 +394,19 @@ class RankTuner(BaseTuner):
         """The base model's `generate`, with one task per prompt; beams and several answers to one prompt share it."""
         if tasks is None:
             tasks = self.current_tasks.always
+        names = ("inputs", "input_ids", "inputs_embeds", "input_features", "pixel_values")
+        prompts = next((t for t in (*args[:1], *map(kwargs.get, names)) if isinstance(t, Tensor)), None)
+        if tasks is not None and not isinstance(tasks, str) and prompts is not None and len(tasks) != len(prompts):
+            raise ValueError(f"tasks: expected {len(prompts)}, one per prompt, found {len(tasks)}")
         with self.current_tasks.set(tasks, repeats=True):
             return self.model.generate(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT asks here before every call."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapter_names: expected none, these methods take one task per sample, not one adapter")
+        yield
 
     def update_balance(self) -> None:
         """Moves the biases of adapters that choose ranks: once per optimiser step, which `BalanceRanks` sees to."""
@@ -386,15 +417,24 @@ class RankTuner(BaseTuner):
                         adapter.update_balance()
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        by_task = any(config.adapter_class.by_task for config in self.peft_config.values())
+        always = self.current_tasks.always
+        layers = [layer for layer in self.model.modules() if isinstance(layer, RankLayer)]
+        told = {task for layer in layers for task in layer.merged_tasks.values() if task is not None}
+        if merge and not told and any(config.adapter_class.by_task for config in self.peft_config.values()):
+            told = {str(always)}
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        if merge and by_task:
-            self.current_tasks.merged = str(self.current_tasks.always)  # the hook stays, to refuse other tasks
+        if told:
+            self.current_tasks.merged = told.pop()  # the hook stays, to refuse other tasks
         else:
-            hooks = model._forward_pre_hooks
-            for key in [key for key, hook in hooks.items() if hook == self.current_tasks.enter]:
-                del hooks[key], model._forward_pre_hooks_with_kwargs[key]
+            remove_hooks(model, self.current_tasks)
         return model
+
+
+def remove_hooks(model: nn.Module, current_tasks: CurrentTasks) -> None:
+    """Lets a model be called as before it had adapters."""
+    hooks: Any = model._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook == current_tasks.enter]:
+        del hooks[key], model._forward_pre_hooks_with_kwargs[key]
 
 
 class BalanceRanks(TrainerCallback):

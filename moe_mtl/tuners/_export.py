@@ -32,11 +32,16 @@ def extract_task(model: PeftModel, task: str | None = None, adapter_name: str | 
         raise ValueError(f"adapter_name: expected one of {', '.join(model.peft_config)}, found {name!r}")
     config: Any = model.peft_config[name]
     layers = {key: layer for key, layer in model.get_base_model().named_modules() if isinstance(layer, RankLayer)}
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError("expected adapters beside the weights, found them merged; call unmerge_adapter first")
     with torch.no_grad():
         pairs = {key: layer.lora_of(name, task) for key, layer in layers.items() if name in layer.moe_adapters}
-    # The weights of the base model are shared, not copied.
+    # The weights of the base model are shared, not copied. What PEFT freezes on the way is to stay as it was.
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    base = copy.deepcopy(model, shared).unload()
+    copied = copy.deepcopy(model, shared)
+    copied.set_adapter(name)
+    base = copied.unload()
     ranks = {len(a_RD) for a_RD, _ in pairs.values()}
     assert len(ranks) == 1
     rank = ranks.pop()
@@ -48,6 +53,7 @@ def extract_task(model: PeftModel, task: str | None = None, adapter_name: str | 
             lora_alpha=rank * config.scale,
             target_modules=list(pairs),
             modules_to_save=config.modules_to_save,
+            bias=config.bias,
             base_model_name_or_path=config.base_model_name_or_path,
         ),
     )
@@ -56,6 +62,8 @@ def extract_task(model: PeftModel, task: str | None = None, adapter_name: str | 
             for projection, weight in zip(("lora_A", "lora_B"), pairs[key], strict=True):
                 parameter = getattr(layer, projection)["default"].weight
                 parameter.data = weight.to(parameter.device, parameter.dtype).contiguous()
+    for parameter, requires_grad in trained.items():
+        parameter.requires_grad_(requires_grad)
     return lora.eval()
 
 

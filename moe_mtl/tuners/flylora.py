@@ -33,7 +33,7 @@ class FlyLora(BalancedAdapter):
         self.register_buffer("a_RD", torch.randn(config.r, in_features) * std * where_RD)
         self.b_OP = up_projection(out_features, config.r, config)
 
-    def options(self, x_ND: Tensor, tasks_N: Tensor | None) -> dict[str, Any]:
+    def options(self, x_ND: Tensor, tasks_B: Tensor | None) -> dict[str, Any]:
         return self.choice()
 
 

@@ -29,13 +29,13 @@ class HydraLora(RankAdapter):
         self.router_UD = nn.Parameter(torch.empty(config.num_up_projections, in_features))
         nn.init.kaiming_uniform_(self.router_UD, a=math.sqrt(5))
 
-    def options(self, x_ND: Tensor, tasks_N: Tensor | None) -> dict[str, Any]:
+    def options(self, x_ND: Tensor, tasks_B: Tensor | None) -> dict[str, Any]:
         gate_NU = at_least_float32(nn.functional.linear(x_ND, self.router_UD.to(x_ND.dtype))).softmax(-1)
         copies_PR = torch.eye(self.config.r, dtype=gate_NU.dtype, device=x_ND.device).repeat(len(self.router_UD), 1)
         return {
             "gate_NP": gate_NU.repeat_interleave(self.config.r, dim=1),
             "mix_TPR": copies_PR.unsqueeze(0),
-            "tasks_N": torch.zeros(len(x_ND), dtype=torch.int64, device=x_ND.device),
+            "tasks_G": torch.zeros(min(1, len(x_ND)), dtype=torch.int64, device=x_ND.device),
         }
 
 

@@ -9,6 +9,7 @@ put together with PEFT's `add_weighted_adapter`, of the LoRA that `extract_task`
 Shapes: `D` width, `R` ranks, `O` output width.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from ._base import RankAdapter, RankConfig, RankLayer, at_least_float32, down_pr
 class LoRI(RankAdapter):
     """Differs from the official code in: the `A` under which a mask was found stays, and is saved with the adapter."""
 
-    mask_OR: Tensor
+    mask_OR: Tensor  # of LoRI-S alone
 
     def __init__(self, in_features: int, out_features: int, config: "LoRIConfig"):
         super().__init__(in_features, out_features, config)
@@ -31,7 +32,7 @@ class LoRI(RankAdapter):
             self.register_buffer("mask_OR", torch.ones(out_features, config.r, dtype=torch.bool))
 
     def up(self) -> Tensor:
-        return self.b_OP * self.mask_OR if self.config.masked else self.b_OP
+        return self.b_OP * self.mask_OR if hasattr(self, "mask_OR") else self.b_OP
 
     def as_lora(self, task: int | None) -> tuple[Tensor, Tensor]:
         return at_least_float32(self.a_RD), at_least_float32(self.up())
@@ -62,7 +63,7 @@ def sparsify(model: PeftModel, density: float = 0.1, adapter_name: str | None = 
         the share that is kept.
 
     Raises:
-        ValueError: no LoRI adapter of that name, or a density out of range.
+        ValueError: no LoRI adapter of that name, or a density out of range or above what was trained.
     """
     name = adapter_name or model.active_adapter
     config = model.peft_config.get(name)
@@ -73,12 +74,14 @@ def sparsify(model: PeftModel, density: float = 0.1, adapter_name: str | None = 
     layers = [layer for layer in model.modules() if isinstance(layer, RankLayer) and name in layer.moe_adapters]
     adapters = [layer.adapter(name) for layer in layers]
     sizes = torch.cat([adapter.up().abs().flatten().float().cpu() for adapter in adapters])
-    threshold = sizes.kthvalue(len(sizes) - max(1, round(density * len(sizes))) + 1).values
-    kept = 0
-    for adapter in adapters:
-        mask_OR = adapter.up().abs() >= threshold.to(adapter.b_OP.device)
-        adapter.register_buffer("mask_OR", mask_OR)
+    number = max(1, round(density * len(sizes)))
+    if number > int((sizes > 0).sum()):
+        raise ValueError(f"density: expected a trained adapter with as many entries that are not 0, found {density}")
+    kept = torch.zeros(len(sizes), dtype=torch.bool)
+    kept[sizes.topk(number).indices] = True
+    model.peft_config[name] = config = dataclasses.replace(config, masked=True)
+    for adapter, mask in zip(adapters, kept.split([adapter.b_OP.numel() for adapter in adapters]), strict=True):
+        adapter.register_buffer("mask_OR", mask.view_as(adapter.b_OP).to(adapter.b_OP.device))
+        adapter.config = config
         adapter.b_OP.zero_()
-        kept += int(mask_OR.sum())
-    config.masked = True
-    return kept / len(sizes)
+    return number / len(sizes)

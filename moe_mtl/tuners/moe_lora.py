@@ -37,9 +37,10 @@ class MoELora(RankAdapter):
         logits_TE = at_least_float32(self.embedding_TV @ self.gate_EV.t())
         return logits_TE.softmax(-1).repeat_interleave(self.config.r, dim=1)
 
-    def options(self, x_ND: Tensor, tasks_N: Tensor | None) -> dict[str, Any]:
-        assert tasks_N is not None
-        return {"gate_NP": self.gates().index_select(0, tasks_N)}
+    def options(self, x_ND: Tensor, tasks_B: Tensor | None) -> dict[str, Any]:
+        assert tasks_B is not None
+        gates_BP = self.gates().index_select(0, tasks_B)
+        return {"gate_NP": gates_BP.repeat_interleave(len(x_ND) // max(1, len(tasks_B)), dim=0)}
 
     def as_lora(self, task: int | None) -> tuple[Tensor, Tensor]:
         assert task is not None

@@ -38,8 +38,8 @@ class MTLLora(RankAdapter):
         weights_TU = (at_least_float32(self.logits_TU) / self.config.temperature).softmax(-1)
         return (weights_TU[:, :, None, None] * lambda_TRR.unsqueeze(1)).flatten(1, 2)
 
-    def options(self, x_ND: Tensor, tasks_N: Tensor | None) -> dict[str, Any]:
-        return {"mix_TPR": self.mix(), "tasks_N": tasks_N}
+    def options(self, x_ND: Tensor, tasks_B: Tensor | None) -> dict[str, Any]:
+        return {"mix_TPR": self.mix(), "tasks_G": tasks_B}
 
     def as_lora(self, task: int | None) -> tuple[Tensor, Tensor]:
         assert task is not None

@@ -50,18 +50,18 @@ def make(shape: tuple[int, ...], kind: str, based: bool = True, wider: int = 0) 
         "bias_P": 0.1 * draw(wide) if parts.get("bias") else None,
         "renormalise": parts.get("renormalise", False),
         "mix_TPR": draw(3, wide, rank) / rank**0.5 if parts.get("mix") else None,
-        "tasks_N": torch.randint(3, (tokens,), generator=g) if parts.get("mix") else None,
+        "tasks_G": torch.randint(3, (tokens,), generator=g) if parts.get("mix") else None,
     }
 
 
-def equation(x_ND, a_RD, b_OP, base_NO, scale, gate_NP, num_selected, bias_P, renormalise, mix_TPR, tasks_N) -> Tensor:
+def equation(x_ND, a_RD, b_OP, base_NO, scale, gate_NP, num_selected, bias_P, renormalise, mix_TPR, tasks_G) -> Tensor:
     if not len(x_ND):
         return x_ND[:, :1].expand(0, len(b_OP))
     rows = []
     for n, token in enumerate(x_ND):
         u = a_RD @ token
         if mix_TPR is not None:
-            u = mix_TPR[tasks_N[n]] @ u
+            u = mix_TPR[tasks_G[n]] @ u
         chosen = range(len(u))
         if num_selected is not None:
             key = u.abs() if gate_NP is None else gate_NP[n]
@@ -198,17 +198,17 @@ def test_stacks_hold_the_methods() -> None:
     x_ND, a_RD = torch.randn(tokens, width).double(), torch.randn(rank, width).double()
     b_COR = torch.randn(copies, outputs, rank).double()
     stacked_OP = b_COR.permute(1, 0, 2).flatten(1)
-    tasks_N = torch.tensor([0, 3, 1, 2, 0, 1])
+    tasks_G = torch.tensor([0, 3, 1, 2, 0, 1])
 
     lambda_TRR, w_TC = torch.randn(tasks, rank, rank).double(), torch.randn(tasks, copies).double().softmax(-1)
     expected = torch.stack(
         [
             sum(w_TC[t, c] * b_COR[c] @ lambda_TRR[t] @ a_RD @ x for c in range(copies))
-            for x, t in zip(x_ND, tasks_N, strict=True)
+            for x, t in zip(x_ND, tasks_G, strict=True)
         ]
     )
     mix_TPR = (w_TC[:, :, None, None] * lambda_TRR[:, None]).flatten(1, 2)
-    torch.testing.assert_close(rank_experts(x_ND, a_RD, stacked_OP, mix_TPR=mix_TPR, tasks_N=tasks_N), expected)
+    torch.testing.assert_close(rank_experts(x_ND, a_RD, stacked_OP, mix_TPR=mix_TPR, tasks_G=tasks_G), expected)
 
     gate_NC = torch.randn(tokens, copies).double().softmax(-1)
     expected = torch.stack(
@@ -221,7 +221,7 @@ def test_stacks_hold_the_methods() -> None:
         stacked_OP,
         gate_NP=gate_NC.repeat_interleave(rank, 1),
         mix_TPR=identities,
-        tasks_N=torch.zeros_like(tasks_N),
+        tasks_G=torch.zeros_like(tasks_G),
     )
     torch.testing.assert_close(found, expected)
 
@@ -337,7 +337,7 @@ def test_kernels_give_what_tracing_expects(kind: str) -> None:
     at = device("triton")
     x, a, b, base, gate, mix, bias, tasks = (
         None if given[name] is None else given[name].to(at)
-        for name in ("x_ND", "a_RD", "b_OP", "base_NO", "gate_NP", "mix_TPR", "bias_P", "tasks_N")
+        for name in ("x_ND", "a_RD", "b_OP", "base_NO", "gate_NP", "mix_TPR", "bias_P", "tasks_G")
     )
     x, a, b, base = (tensor.bfloat16() for tensor in (x, a, b, base))
     number, renormalise = given["num_selected"] or 0, given["renormalise"]
@@ -370,14 +370,41 @@ def test_autocast(backend: str, inside: bool) -> None:
 
 
 @pytest.mark.parametrize("task", [-1, 3])
+@pytest.mark.parametrize("runs", [9, 3])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_unknown_task_is_an_error(backend: str, task: int) -> None:
+def test_an_unknown_task_is_an_error(backend: str, runs: int, task: int) -> None:
     if device(backend) == "cuda":
         pytest.skip("an assertion of the device ends the process")
     inputs = cast(make((9, 12, 6, 4, 2), "mix"), torch.float32)
-    inputs["tasks_N"][4] = task
-    with pytest.raises(RuntimeError):
+    inputs["tasks_G"] = inputs["tasks_G"][:runs]
+    inputs["tasks_G"][2] = task
+    with pytest.raises((RuntimeError, IndexError)):
         rank_experts(**inputs, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("runs", "tasks"), [(12, 3), (12, 40), (4, 3), (4, 40), (1, 3)])
+def test_tasks_of_tokens_and_of_runs_of_tokens(backend: str, runs: int, tasks: int) -> None:
+    """A column per task, a matrix per token, a matrix per run."""
+    inputs = make((12, 10, 6, 4, 2), "all")
+    g = torch.Generator().manual_seed(3)
+    inputs["mix_TPR"] = torch.randn(tasks, *inputs["mix_TPR"].shape[1:], generator=g).double()
+    tasks_G = torch.randint(tasks, (runs,), generator=g)
+    expected = run(equation, inputs | {"tasks_G": tasks_G.repeat_interleave(12 // runs)})
+    found = run(with_backend(backend), cast(inputs, torch.float32) | {"tasks_G": tasks_G}, device(backend))
+    close(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_how_often_each_rank_was_chosen_is_counted(backend: str) -> None:
+    inputs = make((9, 12, 6, 4, 2), "flylora")
+    keys_NP = (inputs["x_ND"] @ inputs["a_RD"].t()).abs() + inputs["bias_P"]
+    chosen_S = keys_NP.topk(inputs["num_selected"]).indices.flatten()
+    expected = chosen_S.bincount(minlength=4)
+    counts_P = torch.ones(4, dtype=torch.int64, device=device(backend))
+    given = {n: v.to(device(backend)) if isinstance(v, Tensor) else v for n, v in cast(inputs, torch.float32).items()}
+    rank_experts(**given, counts_P=counts_P, backend=backend)
+    assert torch.equal(counts_P.cpu(), expected + 1)
 
 
 @pytest.mark.parametrize(
@@ -392,8 +419,11 @@ def test_an_unknown_task_is_an_error(backend: str, task: int) -> None:
         ({"gate_NP": torch.zeros(9)}, r"gate: expected shape \[9, 4\], found \[9\]"),
         ({"bias_P": torch.zeros(5)}, r"bias: expected shape \[4\], found \[5\]"),
         ({"mix_TPR": torch.zeros(3, 4, 5)}, r"mix: expected shape \[T, P, 4\], found \[3, 4, 5\]"),
-        ({"tasks_N": torch.zeros(8, dtype=torch.int64)}, r"tasks: expected shape \[9\], found \[8\]"),
-        ({"tasks_N": None}, "mix, tasks: expected both or neither, found mix alone"),
+        (
+            {"tasks_G": torch.zeros(8, dtype=torch.int64)},
+            r"tasks: expected shape \[9\], or of an equal share of it, found \[8\]",
+        ),
+        ({"tasks_G": None}, "mix, tasks: expected both or neither, found mix alone"),
         ({"mix_TPR": None}, "mix, tasks: expected both or neither, found tasks alone"),
         ({"num_selected": 0}, "num_selected: expected 1 to 4, found 0"),
         ({"num_selected": 5}, "num_selected: expected 1 to 4, found 5"),
@@ -402,7 +432,7 @@ def test_an_unknown_task_is_an_error(backend: str, task: int) -> None:
         ({"gate_NP": None}, "renormalise: expected a gate and num_selected"),
         ({"a_RD": torch.zeros(4, 12).half()}, "a: expected torch.float32, found torch.float16"),
         ({"base_NO": torch.zeros(9, 6).bfloat16()}, "base: expected torch.float32, found torch.bfloat16"),
-        ({"tasks_N": torch.zeros(9, dtype=torch.int32)}, "tasks: expected torch.int64, found torch.int32"),
+        ({"tasks_G": torch.zeros(9, dtype=torch.int32)}, "tasks: expected torch.int64, found torch.int32"),
         ({"b_OP": torch.zeros(6, 4, device="meta")}, "b: expected a tensor on cpu, found one on meta"),
         ({"backend": "cuda"}, "backend: expected torch or triton, found 'cuda'"),
     ],

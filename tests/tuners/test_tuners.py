@@ -12,7 +12,16 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
 from moe_mtl.tuners import METHODS, BalanceRanks, RankConfig, extract_task, load_adapter
 from moe_mtl.tuners._base import BalancedAdapter, BalancedConfig, RankLayer
@@ -263,6 +272,21 @@ def test_a_bfloat16_base(config_class: type[RankConfig]) -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_what_is_frozen_stays_float32_on_a_bfloat16_base(low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+    for config_class in CONFIGS:
+        config = config_of(config_class, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        model = get_peft_model(llama().bfloat16(), config).eval()
+        model.save_pretrained(tmp_path / config.peft_type)
+        loaded = PeftModel.from_pretrained(
+            llama().bfloat16(), tmp_path / config.peft_type, low_cpu_mem_usage=low_cpu_mem_usage
+        ).eval()
+        inputs = batch() | tasks_for(config_class, TASKS)
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+        floats = [b for name, b in loaded.named_buffers() if "moe_adapters" in name and b.is_floating_point()]
+        assert all(buffer.dtype == torch.float32 for buffer in floats), config_class
+
+
 def test_layers_that_store_their_weight_turned(tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40)).eval()
@@ -373,6 +397,81 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_layer_that_runs_again_in_a_backward_has_the_task_of_its_call(reentrant: bool) -> None:
+    model = adapted(BY_TASK[0]).train()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    inputs = batch()
+
+    def gradients() -> list[Tensor]:
+        found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return found
+
+    model(**inputs, tasks="sql").loss.backward()
+    expected = gradients()
+    loss = model(**inputs, tasks="sql").loss
+    with torch.no_grad():
+        model(**inputs, tasks="code")
+    loss.backward()
+    torch.testing.assert_close(gradients(), expected)
+    loss = model(**inputs, tasks="sql").loss + model(**inputs, tasks="chat").loss
+    with pytest.raises(RuntimeError, match="found calls for sql and for chat"):
+        loss.backward()
+    model.zero_grad()
+    model(**inputs, tasks="sql").loss.backward()  # the error is over
+    torch.testing.assert_close(gradients(), expected)
+
+
+def test_a_call_without_tensors_has_its_own_tasks() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 5)
+
+        def forward(self, batch: dict[str, Tensor] | Tensor) -> Tensor:
+            return self.linear(batch["x"] if isinstance(batch, dict) else batch)
+
+    model = get_peft_model(Wrapped(), config_of(BY_TASK[0], target_modules=["linear"])).eval()
+    x = torch.randn(3, 6)
+    sql, code = (model(x, tasks=task) for task in ("sql", "code"))
+    assert not torch.equal(sql, code)
+    assert torch.equal(model({"x": x}, tasks="sql"), sql)
+
+
+def test_the_encoder_of_generate_has_the_tasks_too() -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
+    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    config = config_of(BY_TASK[0], target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
+    model = get_peft_model(base, config).eval()
+    options = {"input_ids": batch()["input_ids"], "max_new_tokens": 3, "output_scores": True}
+    options |= {"return_dict_in_generate": True, "do_sample": False}
+    first = model.generate(**options, tasks="chat").scores[0]
+    model(input_ids=options["input_ids"], labels=options["input_ids"], tasks="sql")
+    assert torch.equal(model.generate(**options, tasks="chat").scores[0], first)
+    assert not torch.equal(model.generate(**options, tasks="sql").scores[0], first)
+
+
+def test_generate_wants_one_task_per_prompt() -> None:
+    with pytest.raises(ValueError, match="expected 3, one per prompt, found 1"):
+        adapted(BY_TASK[0]).generate(input_ids=batch()["input_ids"], tasks=["sql"], max_new_tokens=2)
+
+
+def test_one_adapter_per_sample_is_refused() -> None:
+    with pytest.raises(ValueError, match="adapter_names: expected none"):
+        adapted(BY_TASK[0])(**batch(), tasks="sql", adapter_names=["default"] * 3)
+
+
+def test_a_task_of_one_adapter_of_two() -> None:
+    model = adapted(BY_TASK[0])
+    model.add_adapter("second", config_of(BY_TASK[0], target_modules=["q_proj"], tasks=["maths"]))
+    model.set_task("maths")
+    with pytest.raises(ValueError, match="found 'math'"):
+        model.set_task("math")
+
+
 # --- one task alone ---
 
 
@@ -429,6 +528,55 @@ def test_extracted_task_is_a_lora_of_peft(config_class: type[RankConfig], tmp_pa
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_extracting_leaves_the_model_as_it_was() -> None:
+    model = adapted(BY_TASK[0], modules_to_save=["lm_head"], bias="all")
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert before["base_model.model.lm_head.modules_to_save.default.weight"]
+    extract_task(model, "chat")
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
+def test_extracting_takes_along_what_was_trained_in_full(tmp_path: Path) -> None:
+    model = adapted(BY_TASK[0], modules_to_save=["lm_head"])
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    ids = batch()["input_ids"]
+    for name in ("default", "second"):
+        model.base_model.model.lm_head.modules_to_save[name].weight.data.normal_()
+    for name in ("second", "default"):
+        model.set_adapter(name)
+        expected = model(input_ids=ids, tasks="chat").logits
+        model.set_adapter("default")
+        lora = extract_task(model, "chat", name)
+        torch.testing.assert_close(lora(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+        lora.save_pretrained(tmp_path / name)
+        loaded = PeftModel.from_pretrained(llama(), tmp_path / name).eval()
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_merged_adapters_are_not_extracted_and_belong_to_one_task() -> None:
+    model = adapted(BY_TASK[0])
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    weight = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight
+    before = weight.detach().clone()
+    model.set_task("sql")
+    model.merge_adapter(["default"])
+    with pytest.raises(ValueError, match="unmerge_adapter first"):
+        extract_task(model, "sql")
+    model.set_task("chat")
+    with pytest.raises(ValueError, match="expected one for all that is merged, found chat and sql"):
+        model.merge_adapter(["second"])
+    model.unmerge_adapter()
+    torch.testing.assert_close(weight, before, rtol=1e-5, atol=1e-6)
+    model.set_task("sql")
+    model.merge_adapter(["default"])
+    model.set_task(None)
+    merged = model.merge_and_unload()
+    with pytest.raises(ValueError, match="expected 'sql', which is merged"):
+        merged(**batch(), tasks="chat")
+    again = get_peft_model(merged, config_of(BY_TASK[0], target_modules=["q_proj"])).eval()
+    assert not torch.equal(again(**batch(), tasks="chat").logits, again(**batch(), tasks="code").logits)
 
 
 def test_extract_of_an_unknown_task_or_adapter() -> None:
@@ -525,8 +673,11 @@ def test_lori_keeps_the_largest_entries_of_all_layers(tmp_path: Path) -> None:
     model.eval().save_pretrained(tmp_path)
     expected = model(**batch()).logits
     assert torch.equal(load_adapter(llama(), tmp_path)(**batch()).logits, expected)
-    with pytest.raises(ValueError, match="density"):
+    with pytest.raises(ValueError, match="expected a share"):
         sparsify(model, 0.0)
+    with pytest.raises(ValueError, match="expected a trained adapter"):
+        sparsify(adapted(config_class, init_weights=True), 0.1)
+    assert not config_of(config_class).masked
     with pytest.raises(ValueError, match="expected a LoRI adapter, found 'default'"):
         sparsify(adapted(BY_TASK[0]))
 
