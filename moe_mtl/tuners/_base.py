@@ -78,7 +78,7 @@ class RankConfig(PeftConfig):
         if self.bias not in ("none", "all"):
             raise ValueError(f"bias: expected none or all, found {self.bias!r}")
         if self.adapter_class.by_task:
-            if not self.tasks:
+            if not self.tasks or isinstance(self.tasks, str):
                 raise ValueError(
                     f"tasks: expected the names of the tasks, which {self.peft_type} tells apart, found none"
                 )
