@@ -80,7 +80,7 @@ class RankConfig(PeftConfig):
         if self.adapter_class.by_task:
             if not self.tasks or isinstance(self.tasks, str):
                 raise ValueError(
-                    f"tasks: expected the names of the tasks, which {self.peft_type} tells apart, found none"
+                    f"tasks: expected a list of those that {self.peft_type} tells apart, found {self.tasks!r}"
                 )
             if len(set(self.tasks)) < len(self.tasks):
                 raise ValueError(f"tasks: expected different names, found {self.tasks}")

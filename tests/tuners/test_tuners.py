@@ -692,8 +692,8 @@ def test_lori_keeps_the_largest_entries_of_all_layers(tmp_path: Path) -> None:
         ({"scaling": "alpha*r"}, "scaling: expected one of"),
         ({"dropout": 1.0}, "dropout: expected a share"),
         ({"bias": "some"}, "bias: expected none or all"),
-        ({"tasks": []}, "tasks: expected the names"),
-        ({"tasks": "sql"}, "tasks: expected the names .* found 'sql'"),
+        ({"tasks": []}, "tasks: expected a list of those"),
+        ({"tasks": "sql"}, "tasks: expected a list of those .* found 'sql'"),
         ({"tasks": ["a", "a"]}, "tasks: expected different names"),
     ],
 )
