@@ -11,7 +11,7 @@ from torch import Tensor
 from .activations import Activation, activate, activate_backward
 from .layout import Layout, Part, lay_out
 from .routing import RoutingPlan
-from .weights import ExpertWeights, PerInput, empty_gradients
+from .weights import ExpertWeights, PerInput, gradient_of, no_gradients
 
 
 def forward(
@@ -60,7 +60,7 @@ def backward(
     wide = torch.promote_types(x_ND.dtype, torch.float32)
     dx_RD = rows.empty(x_ND.shape[1], x_ND) if needs.x else None
     dweights_R1 = rows.empty(1, x_ND, wide) if needs.weights else None
-    found = empty_gradients(w, needs)
+    found = no_gradients()
     if in_graph and kept:
         kept = [kept[0][part.rows] for part in rows.parts]
     for part in rows.parts:
@@ -76,16 +76,24 @@ def backward(
             if w.b_down_EO is not None:
                 bias_RO = part.of_experts(w.b_down_EO)
                 dweights_R1[part.rows] += (bias_RO * grad_RO).sum(-1, keepdim=True, dtype=wide)
-        if found.down is not None:
-            part.outer(grad_RO, torch.mul(h_RH, weights_R1, out=dh_RH), found.down[part.experts])
-        if found.b_down is not None:
-            part.sums(grad_RO.mul_(weights_R1), found.b_down[part.experts])
+        if needs.down:
+            weighted_RH = torch.mul(h_RH, weights_R1, out=dh_RH)
+            part.outer(grad_RO, weighted_RH, gradient_of(found, "down", w.down_EOH)[part.experts])
+            del weighted_RH
+        if needs.b_down:
+            part.sums(grad_RO.mul_(weights_R1), gradient_of(found, "b_down", w.b_down_EO)[part.experts])
         del pre_RP, grad_RO, dh_RH, h_RH  # what follows, the widest gradients, is the peak of memory
         dup_RP = dpre_RP
         if w.gate_EHD is not None:
             dgate_RH, dup_RP = dpre_RP.chunk(2, dim=1)
-            _first_layer_backward(dgate_RH, x_RD, part, found.gate, found.b_gate)
-        _first_layer_backward(dup_RP, x_RD, part, found.up, found.b_up)
+            if needs.gate:
+                part.outer(dgate_RH, x_RD, gradient_of(found, "gate", w.gate_EHD)[part.experts])
+            if needs.b_gate:
+                part.sums(dgate_RH, gradient_of(found, "b_gate", w.b_gate_EH)[part.experts])
+        if needs.up:
+            part.outer(dup_RP, x_RD, gradient_of(found, "up", w.up_EPD)[part.experts])
+        if needs.b_up:
+            part.sums(dup_RP, gradient_of(found, "b_up", w.b_up_EP)[part.experts])
         if dx_RD is not None:
             dx = part.product(dup_RP, w.up_EPD[part.experts], dx_RD[part.rows])
             if w.gate_EHD is not None:
@@ -151,10 +159,3 @@ def _first_layer(x_RD: Tensor, w: ExpertWeights, part: Part, out_RP: Tensor | No
         if bias is not None:
             y += part.of_experts(bias)
     return out_RP
-
-
-def _first_layer_backward(dy_RP: Tensor, x_RD: Tensor, part: Part, dw: Tensor | None, db: Tensor | None) -> None:
-    if dw is not None:
-        part.outer(dy_RP, x_RD, dw[part.experts])
-    if db is not None:
-        part.sums(dy_RP, db[part.experts])

@@ -60,19 +60,10 @@ def no_gradients() -> PerInput[Tensor | None]:
     return PerInput(None, None, None, None, None, None, None, None)
 
 
-def empty_gradients(w: ExpertWeights, needs: PerInput[bool]) -> PerInput[Tensor | None]:
-    """Tensors to write the parameters' gradients to, where they are needed; None for the rest."""
-
-    def empty(parameter: Tensor | None, needed: bool) -> Tensor | None:
-        return parameter.new_empty(parameter.shape) if parameter is not None and needed else None
-
-    return PerInput(
-        x=None,
-        weights=None,
-        up=empty(w.up_EPD, needs.up),
-        down=empty(w.down_EOH, needs.down),
-        gate=empty(w.gate_EHD, needs.gate),
-        b_up=empty(w.b_up_EP, needs.b_up),
-        b_down=empty(w.b_down_EO, needs.b_down),
-        b_gate=empty(w.b_gate_EH, needs.b_gate),
-    )
+def gradient_of(found: PerInput[Tensor | None], name: str, parameter: Tensor | None) -> Tensor:
+    """The tensor to write a parameter's gradient to; made when it is first asked for."""
+    assert parameter is not None
+    if getattr(found, name) is None:
+        setattr(found, name, parameter.new_empty(parameter.shape))
+    made: Tensor = getattr(found, name)
+    return made
