@@ -35,7 +35,7 @@ class CurrentTasks:
         self._last: Tasks | None = None
         self._repeats = False
         self._known: dict[Any, Tensor] = {}
-        # Of the calls with gradients since the last layer that ran again in a backward: their tasks, each once.
+        # Of calls with gradients since a layer last ran again in a backward: the tasks of the first, then others if any.
         self._with_gradients: dict[torch.device | None, list[Tasks | None]] = {}
         self._ran_again = False
 
@@ -57,7 +57,7 @@ class CurrentTasks:
                 self._with_gradients.clear()
                 self._ran_again = False
             called = self._with_gradients.setdefault(device, [])
-            if not any(_same(tasks, other) for other in called):
+            if not called or (len(called) == 1 and not _same(tasks, called[0])):
                 called.append(tasks)
         return args, kwargs
 

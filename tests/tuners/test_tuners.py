@@ -424,6 +424,14 @@ def test_a_layer_that_runs_again_in_a_backward_has_the_task_of_its_call(reentran
     torch.testing.assert_close(gradients(), expected)
 
 
+def test_calls_leave_nothing_behind() -> None:
+    model = adapted(BY_TASK[0])
+    for row in range(20):
+        model(input_ids=batch()["input_ids"], tasks=[TASKS[row % 3], TASKS[row // 3 % 3], TASKS[row // 9]])
+    kept = model.base_model.current_tasks._with_gradients
+    assert sum(map(len, kept.values())) == 2
+
+
 def test_a_call_without_tensors_has_its_own_tasks() -> None:
     class Wrapped(nn.Module):
         def __init__(self) -> None:
