@@ -35,7 +35,7 @@ class CurrentTasks:
         self._last: Tasks | None = None
         self._repeats = False
         self._known: dict[Any, Tensor] = {}
-        # Of calls with gradients since a layer last ran again in a backward: the tasks of the first, then others if any.
+        # Of calls with gradients since a layer last ran again in a backward: the first's tasks, then other ones if any.
         self._with_gradients: dict[torch.device | None, list[Tasks | None]] = {}
         self._ran_again = False
 
