@@ -197,7 +197,7 @@ def in_one_part(plan: RoutingPlan) -> Layout:
 def _choose(counts: list[int], most: int, with_slots: bool) -> list[tuple[int, int, int | None]]:
     """Of each part its first expert, the one after its last, and its slots; slots for `most` rows, or one expert."""
     chosen, first, busiest = [], 0, 0
-    for expert, count in enumerate([*counts, most + 1]):
+    for expert, count in enumerate([*counts, 0]):
         last = expert == len(counts)
         if expert > first and (last or (expert + 1 - first) * max(busiest, count) > most):
             slots = busiest if with_slots and _worth(counts[first:expert]) else None

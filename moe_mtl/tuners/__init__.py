@@ -7,7 +7,8 @@ model(**batch, tasks=["sql", "chat", "chat"])
 import importlib
 import pkgutil
 
-from ._base import METHODS, BalanceRanks, RankConfig, RankTuner
+from ._balance import BalanceRanks
+from ._base import METHODS, RankConfig, RankTuner
 from ._export import extract_task, load_adapter
 
 for _module in pkgutil.iter_modules(__path__):

@@ -21,7 +21,6 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
-from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from ..ops.ranks import rank_experts
@@ -122,7 +121,10 @@ class RankAdapter(nn.Module):
         Raises:
             NotImplementedError: what it computes depends on the input; says how.
         """
-        raise NotImplementedError(self.depends_on_input)
+        raise NotImplementedError(f"{self.config.peft_type} cannot be merged: {self.depends_on_input}")
+
+    def update_balance(self) -> None:
+        """Once per optimiser step, of methods that balance something."""
 
     def forward(self, x: Tensor, base: Tensor, tasks_B: Tensor | None) -> Tensor:
         """`base` with the adapter's output added, `[..., O]`."""
@@ -131,60 +133,6 @@ class RankAdapter(nn.Module):
         if self.config.dropout and self.training:
             x_ND = nn.functional.dropout(x_ND, self.config.dropout)
         return rank_experts(x_ND, self.a_RD, self.up(), base_NO, scale=self.config.scale, **options).view_as(base)
-
-
-@dataclass
-class BalancedConfig(RankConfig):
-    """Fields of methods that choose ranks token by token.
-
-    Attributes:
-        num_selected: `K`, ranks chosen per token.
-        balance_rate: by how much the bias of a rank moves per optimiser step: up if it was chosen less than the mean,
-            else down ("Auxiliary-Loss-Free Load Balancing", Wang et al., 2024, algorithm 1). 0 leaves it at 0.
-    """
-
-    num_selected: int = 8
-    balance_rate: float = 1e-3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 1 <= self.num_selected <= self.r:
-            raise ValueError(f"num_selected: expected 1 to {self.r}, the ranks, found {self.num_selected}")
-        if self.balance_rate < 0:
-            raise ValueError(f"balance_rate: expected 0 or more, found {self.balance_rate}")
-
-
-class BalancedAdapter(RankAdapter):
-    """Chooses ranks token by token, and counts in training how often it chose each.
-
-    Attributes:
-        bias_P: of the choice alone; saved with the adapter.
-        counts_P: since the last `update_balance`.
-    """
-
-    bias_P: Tensor
-    counts_P: Tensor
-
-    def __init__(self, in_features: int, out_features: int, config: Any):
-        super().__init__(in_features, out_features, config)
-        self.register_buffer("bias_P", torch.zeros(config.r))
-        # No buffer: data parallelism would overwrite those with the first process's in every forward.
-        self.counts_P = torch.zeros(config.r, dtype=torch.int64)
-
-    def choice(self) -> dict[str, Any]:
-        """What `rank_experts` needs to know of it."""
-        self.counts_P = self.counts_P.to(self.bias_P.device)
-        counts_P = self.counts_P if self.training else None
-        return {"num_selected": self.config.num_selected, "bias_P": self.bias_P, "counts_P": counts_P}
-
-    @torch.no_grad()
-    def update_balance(self) -> None:
-        """One step of the bias; over all processes, where there are several."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.counts_P)
-        counts_P = self.counts_P.float()
-        self.bias_P += self.config.balance_rate * (counts_P.mean() - counts_P).sign()
-        self.counts_P.zero_()
 
 
 def at_least_float32(t: Tensor) -> Tensor:
@@ -259,8 +207,6 @@ class RankLayer(nn.Module, BaseTunerLayer):
     def lora_of(self, adapter_name: str, task: str | None) -> tuple[Tensor, Tensor]:
         """`A [R, D]` and `B [O, R]` of one adapter for one task, in float32 at least, the scale left out."""
         adapter = self.adapter(adapter_name)
-        if adapter.depends_on_input:
-            raise NotImplementedError(f"{adapter.config.peft_type} cannot be merged: {adapter.depends_on_input}")
         if not adapter.by_task:
             return adapter.as_lora(None)
         if task is None:
@@ -413,8 +359,8 @@ class RankTuner(BaseTuner):
         for layer in self.model.modules():
             if isinstance(layer, RankLayer):
                 for name in layer.active_adapters:
-                    if name in layer.moe_adapters and isinstance(adapter := layer.adapter(name), BalancedAdapter):
-                        adapter.update_balance()
+                    if name in layer.moe_adapters:
+                        layer.adapter(name).update_balance()
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         always = self.current_tasks.always
@@ -435,14 +381,6 @@ def remove_hooks(model: nn.Module, current_tasks: CurrentTasks) -> None:
     hooks: Any = model._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if hook == current_tasks.enter]:
         del hooks[key], model._forward_pre_hooks_with_kwargs[key]
-
-
-class BalanceRanks(TrainerCallback):
-    """Calls `update_balance` after every optimiser step."""
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        model = getattr(model, "module", model)
-        model.base_model.update_balance()
 
 
 class _Method(str):

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ._base import BalancedAdapter, BalancedConfig, register, up_projection
+from ._balance import BalancedAdapter, BalancedConfig
+from ._base import register, up_projection
 
 NORMS = ("paper", "unit")
 

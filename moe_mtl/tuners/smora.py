@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ._base import BalancedAdapter, BalancedConfig, at_least_float32, down_projection, register, up_projection
+from ._balance import BalancedAdapter, BalancedConfig
+from ._base import at_least_float32, down_projection, register, up_projection
 
 SCORES = ("sigmoid", "softmax")
 

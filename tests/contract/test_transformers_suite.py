@@ -3,17 +3,12 @@
 Every skip must be in the list below, and everything in the list must be skipped.
 """
 
-import fnmatch
-import os
-import subprocess
-import sys
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 import transformers
 import zoo
-from upstream_release import fetched
+from upstream_release import fetched, run
 
 HERE = Path(__file__).parent
 FILES = ("test_modeling_common.py", "test_configuration_common.py")
@@ -92,39 +87,9 @@ def upstream(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def test_upstream_suite(upstream: Path, tmp_path: Path) -> None:
-    """In a process of its own: upstream's helpers set global state. One for all models: the import costs most."""
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    report = tmp_path / "report.xml"
-    command = [sys.executable, "-m", "pytest", str(HERE / "transformers_suite.py"), "-q", "-c", "pytest.ini"]
-    command += ["--rootdir", str(tmp_path), "-p", "no:cacheprovider", "-p", "no:warnings", f"--junitxml={report}"]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "RUN_"))}
-    environment |= {
-        "PYTHONPATH": os.pathsep.join([str(upstream), str(HERE), str(HERE.parents[1])]),
-        "TRANSFORMERS_TEST_DEVICE": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
-    assert report.exists(), run.stdout + run.stderr
-
-    patterns = [pattern for group in EXPECTED_SKIPS.values() for pattern in group]
-    wrong, passed, matched = [], dict.fromkeys(zoo.MODEL_TYPES, 0), set()
-    for case in ElementTree.parse(report).iter("testcase"):
-        model_type = case.attrib["classname"].rpartition("Test_")[2]
-        name = case.attrib["name"]
-        expected = [pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)]
-        matched.update(expected)
-        problem = next((case.find(tag) for tag in ("failure", "error") if case.find(tag) is not None), None)
-        skip = case.find("skipped")
-        if problem is not None:
-            wrong.append(f"{model_type}: {name} failed: {problem.attrib['message'][:500]}")
-        elif skip is not None and not expected:
-            wrong.append(f"{model_type}: {name} was skipped, which no list expects: {skip.attrib['message'][:200]}")
-        elif skip is None and expected:
-            wrong.append(f"{model_type}: {name} passed; take it off the list of skips")
-        passed[model_type] += skip is None and problem is None
-    assert not wrong, "\n".join(wrong)
-    assert matched == set(patterns), f"on the list, but no such test: {set(patterns) - matched}"
+    """One process for all models: the import costs most."""
+    skips = {reason: [f"*: {name}" for name in names] for reason, names in EXPECTED_SKIPS.items()}
+    passed = run(HERE / "transformers_suite.py", upstream, tmp_path, skips, TRANSFORMERS_TEST_DEVICE="cpu")
+    assert set(passed) == set(zoo.MODEL_TYPES)
     assert min(passed.values()) > 60, passed
     assert len(set(passed.values())) == 1, passed

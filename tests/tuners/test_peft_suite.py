@@ -3,16 +3,11 @@
 Every skip must be in the list below, and everything in the list must be skipped.
 """
 
-import fnmatch
-import os
-import subprocess
-import sys
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import peft
 import pytest
-from upstream_release import fetched
+from upstream_release import fetched, run
 
 from moe_mtl.tuners import METHODS
 
@@ -42,39 +37,6 @@ def upstream(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def test_upstream_suite(upstream: Path, tmp_path: Path) -> None:
-    """In a process of its own: upstream's helpers set global state."""
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    report = tmp_path / "report.xml"
-    command = [sys.executable, "-m", "pytest", str(HERE / "peft_suite.py"), "-q", "-c", "pytest.ini"]
-    command += ["--rootdir", str(tmp_path), "-p", "no:cacheprovider", "-p", "no:warnings", f"--junitxml={report}"]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "RUN_"))}
-    environment |= {
-        "PYTHONPATH": os.pathsep.join([str(upstream), str(HERE.parents[1])]),
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
-    assert report.exists(), run.stdout + run.stderr
-
-    wrong, passed, matched = [], dict.fromkeys(map(str, METHODS.values()), 0), set()
-    for case in ElementTree.parse(report).iter("testcase"):
-        method, name = case.attrib["classname"].rpartition("Test_")[2], case.attrib["name"]
-        label = f"{method}: {name}"
-        expected = [
-            pattern for group in EXPECTED_SKIPS.values() for pattern in group if fnmatch.fnmatchcase(label, pattern)
-        ]
-        matched.update(expected)
-        problem = next((case.find(tag) for tag in ("failure", "error") if case.find(tag) is not None), None)
-        skip = case.find("skipped")
-        if problem is not None:
-            wrong.append(f"{label} failed: {problem.attrib['message'][:500]}")
-        elif skip is not None and not expected:
-            wrong.append(f"{label} was skipped, which no list expects: {skip.attrib['message'][:200]}")
-        elif skip is None and expected:
-            wrong.append(f"{label} passed; take it off the list of skips")
-        passed[method] += skip is None and problem is None
-    assert not wrong, "\n".join(wrong)
-    patterns = {pattern for group in EXPECTED_SKIPS.values() for pattern in group}
-    assert matched == patterns, f"on the list, but no such test: {patterns - matched}"
+    passed = run(HERE / "peft_suite.py", upstream, tmp_path, EXPECTED_SKIPS)
+    assert set(passed) == {str(name) for name in METHODS.values()}
     assert min(passed.values()) > 20, passed

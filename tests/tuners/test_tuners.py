@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from moe_mtl.tuners import METHODS, BalanceRanks, RankConfig, extract_task, load_adapter
-from moe_mtl.tuners._base import BalancedAdapter, BalancedConfig, RankLayer
+from moe_mtl.tuners._balance import BalancedAdapter, BalancedConfig
+from moe_mtl.tuners._base import RankLayer
 from moe_mtl.tuners._tasks import CurrentTasks
 from moe_mtl.tuners.lori import sparsify
 
