@@ -1,6 +1,7 @@
 """The sparse mixture against the equation, token by token in float64: values and every gradient, in each backend."""
 
 import itertools
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -527,6 +528,33 @@ def test_a_kept_graph_gives_the_same_again_and_another_frees_what_it_kept(backen
     torch.testing.assert_close(first, again, rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(out.sum(), inputs["w_up_EPD"])
+
+
+@pytest.mark.parametrize("keep_graph", [False, True])
+def test_what_was_kept_is_freed_in_the_backward_unless_the_graph_is_kept(
+    keep_graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, combine = grouped.forward, grouped.combine
+    kept: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def noted_forward(*args, **kwargs):
+        out_NO, tensors = forward(*args, **kwargs)
+        kept.extend(map(weakref.ref, tensors))
+        return out_NO, tensors
+
+    def noted_combine(*args):
+        alive.append(sum(tensor() is not None for tensor in kept))
+        return combine(*args)
+
+    monkeypatch.setattr(grouped, "forward", noted_forward)
+    monkeypatch.setattr(grouped, "combine", noted_combine)
+    monkeypatch.setattr(layout, "BYTES", 2**11)
+    inputs = on_device(make(64, 16, 24, 4, 2), torch.float32)
+    inputs["x_ND"].requires_grad_()
+    expert_mlp(**inputs, backend="grouped").sum().backward(retain_graph=keep_graph)
+    assert len(kept) == (4 if DEVICE == "cpu" else 1)
+    assert alive[-1] == (len(kept) if keep_graph else 0)  # the last step of the backward
 
 
 def test_an_activation_with_parameters_is_refused() -> None:
