@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .models import AutoModelForMultiTask
     from .outputs import MultiTaskOutput, Routing
     from .tasks import Task
+    from .tuners import extract_task, load_adapter
 
 __version__ = "0.1.0"
 
@@ -17,9 +18,19 @@ _HOME = {
     "Routing": ".outputs",
     "TabularProcessor": ".data",
     "Task": ".tasks",
+    "extract_task": ".tuners",
+    "load_adapter": ".tuners",
 }
 
-__all__ = ["AutoModelForMultiTask", "MultiTaskOutput", "Routing", "TabularProcessor", "Task"]
+__all__ = [
+    "AutoModelForMultiTask",
+    "MultiTaskOutput",
+    "Routing",
+    "TabularProcessor",
+    "Task",
+    "extract_task",
+    "load_adapter",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ..data import DataSplits
 from ..files import staged_folder
 from ..hub import CONFIG, WEIGHTS, Checkpoint, file_sha256, write_manifest, zoo_folder
 from ..training.recipe import load_recipe
@@ -64,6 +65,7 @@ def make(
     from ..training.run import load_data
 
     splits = load_data(own)
+    assert isinstance(splits, DataSplits)
     tasks = measured_tasks(own, splits)
     name = canonical(recipe)
     baseline = baseline or f"{name.rpartition('/')[0]}/shared_bottom"

@@ -1,8 +1,8 @@
 """Data: processors that turn rows into tensors, and one file per data set.
 
-A data set is a module of this package that defines a dataclass `Options` and a function `load(options) -> DataSplits`;
-the file name gives the name (`census_income.py` is "census-income"). Names are imported when first used: importing this
-package imports neither torch nor pyarrow.
+A data set is a module of this package that defines a dataclass `Options` and a function `load(options) -> DataSplits`,
+or `-> TextSplits` for text; the file name gives the name (`census_income.py` is "census-income"). Names are imported
+when first used: importing this package imports neither torch nor pyarrow.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .sources import Source, open_source
     from .splits import DataSplits
     from .tensors import ShuffledBatches, TensorTable, as_is
+    from .text import TextSplits
 
 _HOMES = {
     "DataSplits": "splits",
@@ -30,6 +31,7 @@ _HOMES = {
     "Source": "sources",
     "TabularProcessor": "processor",
     "TensorTable": "tensors",
+    "TextSplits": "text",
     "as_is": "tensors",
     "infer_features": "infer",
     "open_source": "sources",
@@ -41,9 +43,11 @@ __all__ = [
     "Source",
     "TabularProcessor",
     "TensorTable",
+    "TextSplits",
     "as_is",
     "data_sets",
     "infer_features",
+    "is_text",
     "load",
     "open_source",
     "options_of",
@@ -75,7 +79,12 @@ def options_of(name: str) -> type:
     return _module(name).Options
 
 
-def load(name: str, **options: Any) -> "DataSplits":
+def is_text(name: str) -> bool:
+    """Whether a data set is text for a language model. Raises DataError if there is no such data set."""
+    return _module(name).load.__annotations__["return"].__name__ == "TextSplits"
+
+
+def load(name: str, **options: Any) -> "DataSplits | TextSplits":
     """Loads a data set by name.
 
     Raises:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 
 from ..data.processor import TabularProcessor
 from ..data.splits import DataSplits
@@ -31,7 +32,7 @@ def build(recipe: Recipe, splits: DataSplits) -> tuple[MultiTaskModel, TabularPr
         new: set[str] = set()
     else:
         model, processor, new = _from_saved(section, fitted, recipe)
-    _freeze(model, section.freeze, new)
+    freeze(model, section.freeze, new)
     return model, processor
 
 
@@ -130,7 +131,8 @@ def _weighted(processor: TabularProcessor, recipe: Recipe) -> list[dict[str, Any
     return [task | ({"weight": weights[task["name"]]} if task["name"] in weights else {}) for task in processor.tasks]
 
 
-def _freeze(model: MultiTaskModel, patterns: list[str], new: set[str]) -> None:
+def freeze(model: nn.Module, patterns: list[str], new: set[str]) -> None:
+    """Keeps parameters from being trained, but for those in `new`. Raises RecipeError for a pattern without any."""
     parameters = dict(model.named_parameters())
     for pattern in patterns:
         matched = [name for name in parameters if fnmatchcase(name, pattern)]

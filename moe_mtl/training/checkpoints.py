@@ -17,7 +17,7 @@ from ..hub import MANIFEST, verify_manifest
 
 PREFIX = "checkpoint-"
 # Without any of these a resumed run would silently differ from one that was not interrupted.
-REQUIRED = ("config.json", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+REQUIRED = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
 _STALE = re.compile(rf"\.{PREFIX}\d+\.(staging|old)-[0-9a-f]+")
 
 
@@ -47,6 +47,8 @@ def verify_checkpoint(folder: str | Path) -> Path:
         )
     names = {path.name for path in folder.iterdir()}
     absent = [name for name in REQUIRED if name not in names]
+    if not names & {"config.json", "adapter_config.json"}:
+        absent.insert(0, "config.json")
     if not any(re.fullmatch(r"rng_state(_\d+)?\.pth", name) for name in names):
         absent.append("rng_state.pth")
     if not any(name.endswith(".safetensors") for name in names):

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..tasks import Task
 
 # For early stopping and comparisons: larger is better, smaller is better.
-MAXIMISED = ("auc", "group_auc", "accuracy", "f1")
+MAXIMISED = ("auc", "group_auc", "accuracy", "f1", "exact_match")
 MINIMISED = ("log_loss", "rmse", "mae", "loss")
 
 Metrics = dict[str, dict[str, float]]

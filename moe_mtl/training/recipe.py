@@ -34,18 +34,40 @@ class DataSection:
     options: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
 
 
+# Recipes that do not use what was added later keep their hash, and so the records that name it.
+_LATER = {"added": True}
+
+
+@dataclass
+class AdapterSection:
+    """LoRA experts on a language model: a method of PEFT, which knows those of `moe_mtl.tuners` too.
+
+    Attributes:
+        method: as PEFT names it, like `mtl_lora`, `smora`, `lora`; capitals do not matter.
+        config: every other key of the section: fields of the method's config, checked by it. Its `tasks` come from the
+            data; `target_modules` is `all-linear` unless given.
+    """
+
+    method: str = "lora"
+    config: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
+
+
 @dataclass
 class ModelSection:
     """Which model, new or saved.
 
     Attributes:
-        type: model type of a new model, for example `mmoe`.
+        type: model type of a new model, for example `mmoe`; for text one of transformers, for example `llama`.
         source: written `from` in YAML: zoo name, folder or Hub id of a saved model to fine-tune; excludes `type`.
         tasks: names of the data's tasks to train; all by default.
         add_tasks: with `from`: names of the data's tasks that the saved model lacks and that get a new gate and tower.
         drop_tasks: with `from`: names of the saved model's tasks to remove.
         freeze: patterns (`fnmatch`) of parameter names that are not trained. `*` with `add_tasks` freezes all but
             what is new.
+        adapter: for text, with `from`: what is trained instead of the model's own weights. Where `from` is an adapter
+            itself, that one is trained on.
+        dtype: for text, with `from`: of the weights as they are loaded; by default as they are stored.
+        quantization: for text, with `from`: `8bit` or `4bit` (QLoRA), by bitsandbytes; needs an adapter.
         config: every other key of the section: fields of the model's config, checked by it.
     """
 
@@ -55,6 +77,9 @@ class ModelSection:
     add_tasks: list[str] = field(default_factory=list)
     drop_tasks: list[str] = field(default_factory=list)
     freeze: list[str] = field(default_factory=list)
+    adapter: AdapterSection | None = field(default=None, metadata=_LATER)
+    dtype: Literal["float32", "bfloat16", "float16"] | None = field(default=None, metadata=_LATER)
+    quantization: Literal["8bit", "4bit"] | None = field(default=None, metadata=_LATER)
     config: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
 
 
@@ -116,6 +141,11 @@ class TrainSection:
         max_grad_norm: gradients are scaled down to this norm; 0 for never.
         report_to: `none`, `tensorboard`, `trackio` or `wandb`.
         logging_steps: optimiser steps between log entries.
+        max_length: for text: tokens of the longest example; longer ones are refused, or cut where `truncate` is set.
+        truncate: for text: cut what is longer than `max_length` at its end.
+        packing: for text: put several examples into one row of `max_length` tokens, which attention keeps apart (by
+            TRL); saves padding.
+        gradient_checkpointing: for text: compute layers again in the backward instead of keeping what they made.
     """
 
     epochs: int | None = None
@@ -141,6 +171,10 @@ class TrainSection:
     max_grad_norm: float = 0.0
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
     logging_steps: int = 50
+    max_length: int | None = field(default=None, metadata=_LATER)
+    truncate: bool = field(default=False, metadata=_LATER)
+    packing: bool = field(default=False, metadata=_LATER)
+    gradient_checkpointing: bool = field(default=False, metadata=_LATER)
 
 
 @dataclass
@@ -191,9 +225,23 @@ class Recipe:
             raise RecipeError(
                 "model.add_tasks and model.drop_tasks change a saved model: they need model.from, found model.type"
             )
+        if model.source is None and (model.adapter or model.dtype or model.quantization):
+            raise RecipeError("model.adapter, model.dtype and model.quantization are for a saved model: use model.from")
+        if model.quantization is not None and model.adapter is None:
+            raise RecipeError("model.quantization: expected a model.adapter, as quantised weights are not trained")
+        if (train.packing or train.truncate) and train.max_length is None:
+            raise RecipeError("train.packing and train.truncate: expected train.max_length, found none")
         if train.epochs is not None and train.max_steps is not None:
             raise RecipeError("train: expected 'epochs' or 'max_steps', found both")
-        for name in ("epochs", "max_steps", "batch_size", "eval_batch_size", "eval_steps", "gradient_accumulation"):
+        for name in (
+            "epochs",
+            "max_steps",
+            "batch_size",
+            "eval_batch_size",
+            "eval_steps",
+            "gradient_accumulation",
+            "max_length",
+        ):
             value = getattr(train, name)
             check(value is None or value >= 1, f"train.{name}", "at least 1", value)
         check(train.logging_steps >= 1, "train.logging_steps", "at least 1", train.logging_steps)
@@ -264,6 +312,10 @@ def recipe_sha256(recipe: Recipe) -> str:
     del content["card"], content["data"]["path"]
     for name in ("seed", "report_to", "logging_steps"):
         del content["train"][name]
+    for section, part in (("model", recipe.model), ("train", recipe.train)):
+        for one in dataclasses.fields(part):
+            if one.metadata.get("added") and getattr(part, one.name) == one.default:
+                del content[section][one.name]
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 

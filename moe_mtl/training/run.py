@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from .. import data
 from ..data.processor import TabularProcessor
 from ..data.splits import DataSplits
 from ..data.tensors import TensorTable
+from ..data.text import TextSplits
 from ..files import require_replaceable, staged_folder, write_atomically
 from ..hub import resolve, write_manifest
 from ..models import AutoModelForMultiTask, MultiTaskModel
@@ -29,6 +31,9 @@ from .metrics import Metrics, standard_errors
 from .recipe import Recipe, RecipeError, TrainSection, load_recipe, recipe_sha256
 from .saved import METRICS, RECIPE, plain
 from .trainer import MultiTaskTrainer
+
+if TYPE_CHECKING:
+    from .text_trainer import TextEvaluation
 
 # Nothing chosen: ten passes.
 DEFAULT_EPOCHS = 10
@@ -45,14 +50,14 @@ class RunResult:
         metrics: split -> task -> metric -> value.
         output_dir: the saved model, with processor, recipe and metrics.
         record: what `metrics.json` holds: metrics, losses, hashes, seed, steps, seconds, versions.
-        model, processor: as saved.
+        model, processor: as saved; of text, the processor is the tokeniser.
     """
 
     metrics: dict[str, Metrics]
     output_dir: Path
     record: dict[str, Any]
-    model: MultiTaskModel = field(repr=False)
-    processor: TabularProcessor = field(repr=False)
+    model: Any = field(repr=False)
+    processor: Any = field(repr=False)
 
 
 def run(
@@ -86,8 +91,14 @@ def run(
     _check_reporter(recipe.train.report_to)
     output_dir = Path(output_dir)
     _check_folder(output_dir, recipe, resume)
+    if data.is_text(recipe.data.name):
+        from .text_run import run_text
+
+        return run_text(recipe, output_dir, progress, resume, tell)
+    _check_tabular(recipe)
     start = time.perf_counter()
     splits = load_data(recipe)
+    assert isinstance(splits, DataSplits)
     if tell is not None:
         for note in splits.info.get("inferred", ()):
             tell(note)
@@ -107,7 +118,7 @@ def run(
     trainer.train(resume_from_checkpoint=resume or None)
     trained = time.perf_counter()
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    _check_finite(model)
+    check_finite(model)
     results = {
         name: evaluate_table(
             model, tables[name], recipe.train.eval_batch_size, model.config.parsed_tasks, processor.unscale
@@ -142,7 +153,7 @@ def run(
 
 def evaluate(
     folder: str | Path, split: str = "test", recipe: Recipe | None = None, overrides: Iterable[tuple[str, str]] = ()
-) -> Evaluation:
+) -> "Evaluation | TextEvaluation":
     """Measures a saved model again; on the same rows the numbers are those of its `metrics.json`.
 
     Args:
@@ -159,13 +170,17 @@ def evaluate(
     folder = resolve(folder)
     if recipe is None:
         recipe = load_recipe(folder / RECIPE, overrides)
+    if data.is_text(recipe.data.name):
+        from .text_run import evaluate_saved_text
+
+        return evaluate_saved_text(folder, split, recipe)
     model = AutoModelForMultiTask.from_pretrained(folder).eval()
     processor = TabularProcessor.from_pretrained(folder)
     table = TensorTable(processor(load_data(recipe).parts()[split]))
     return evaluate_table(model, table, recipe.train.eval_batch_size, model.config.parsed_tasks, processor.unscale)
 
 
-def load_data(recipe: Recipe) -> DataSplits:
+def load_data(recipe: Recipe) -> DataSplits | TextSplits:
     """The rows of a recipe. Raises DataError for an unknown data set or option."""
     options = dict(recipe.data.options)
     if recipe.data.path is not None:
@@ -184,7 +199,7 @@ def make_trainer(
 ) -> MultiTaskTrainer:
     """The trainer of a recipe's `train` section."""
     section = recipe.train
-    callbacks: list[Any] = [_reporter(section.report_to, output_dir)] if section.report_to != "none" else []
+    callbacks: list[Any] = [reporter(section.report_to, output_dir)] if section.report_to != "none" else []
     if progress:
         callbacks.append(Progress())
     trainer = MultiTaskTrainer(
@@ -253,7 +268,8 @@ def training_arguments(section: TrainSection, output_dir: str | Path) -> Trainin
     )
 
 
-def _reporter(name: str, output_dir: Path) -> Any:
+def reporter(name: str, output_dir: Path) -> Any:
+    """The callback that logs to a tracker."""
     from transformers import integrations
 
     if name == "tensorboard":
@@ -268,6 +284,20 @@ def _check_methods(recipe: Recipe) -> None:
     for kind, method in (("loss_balancing", recipe.loss_method), ("gradient_balancing", recipe.gradient_method)):
         if method is not None:
             build_method(kind, *method, num_tasks=2)
+
+
+def _check_tabular(recipe: Recipe) -> None:
+    """What is for text, not for rows of a table."""
+    model, train = recipe.model, recipe.train
+    for key, value in {
+        "model.adapter": model.adapter,
+        "model.dtype": model.dtype,
+        "model.quantization": model.quantization,
+        "train.max_length": train.max_length,
+        "train.gradient_checkpointing": train.gradient_checkpointing,
+    }.items():
+        if value:
+            raise RecipeError(f"{key}: expected none, as {recipe.data.name} is a table, found {value!r}")
 
 
 def _check_reporter(name: str) -> None:
@@ -309,7 +339,8 @@ def _check_labels(table: TensorTable, model: MultiTaskModel) -> None:
             raise RecipeError(f"no training row has a label of task {task.name!r}")
 
 
-def _check_finite(model: MultiTaskModel) -> None:
+def check_finite(model: nn.Module) -> None:
+    """Raises RuntimeError where training left what is no number."""
     bad = [
         name
         for name, value in model.state_dict().items()

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..naming import nearest
-from ..tasks import Task
 from .metrics import is_maximised
 from .recipe import EarlyStopping, RecipeError
 
@@ -23,7 +22,8 @@ class BestWeights(TrainerCallback):
 
     Args:
         rule: metric and patience.
-        tasks: the model's tasks, to check the metric's name.
+        reported: the metrics of each task, to check the metric's name.
+        kept: which entries of the model's state to keep, by name; all by default.
 
     Attributes:
         weights: the best weights so far, on the CPU; None before the first evaluation, or if the metric was never
@@ -33,16 +33,22 @@ class BestWeights(TrainerCallback):
         RecipeError: a metric that no evaluation will have.
     """
 
-    def __init__(self, rule: EarlyStopping, tasks: Sequence[Task]):
-        known = {"loss", *(f"{task.name}/loss" for task in tasks)}
-        known |= {f"{task.name}/{metric}" for task in tasks for metric in task.reported_metrics}
-        known |= {f"mean_{metric}" for task in tasks for metric in task.reported_metrics}
+    def __init__(
+        self,
+        rule: EarlyStopping,
+        reported: Mapping[str, Iterable[str]],
+        kept: Callable[[str], bool] = lambda name: True,
+    ):
+        known = {"loss", *(f"{task}/loss" for task in reported)}
+        known |= {f"{task}/{metric}" for task, metrics in reported.items() for metric in metrics}
+        known |= {f"mean_{metric}" for metrics in reported.values() for metric in metrics}
         if rule.metric not in known:
             raise RecipeError(
                 f"train.early_stopping.metric: unknown metric {rule.metric!r}{nearest(rule.metric, sorted(known))}"
             )
         self.key, self.patience = f"eval_{rule.metric}", rule.patience
         self.sign = 1.0 if is_maximised(rule.metric) else -1.0
+        self.kept = kept
         self.weights: dict[str, Tensor] | None = None
         self.warned = False
 
@@ -81,7 +87,9 @@ class BestWeights(TrainerCallback):
         # The entry of this evaluation is the last one of the log.
         if since == 0 and step is not None:
             self.weights = {
-                name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()
+                name: value.detach().to("cpu", copy=True).contiguous()
+                for name, value in model.state_dict().items()
+                if self.kept(name)
             }
             state.best_metric, state.best_global_step = best, step
         elif since >= self.patience:

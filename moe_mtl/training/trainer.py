@@ -3,51 +3,34 @@
 Shapes: `N` rows of a split.
 """
 
-import gc
-import math
-import os
-import random
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType, gather_object
-from safetensors.torch import load_file, save_file
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 
 from ..data.processor import TabularProcessor
 from ..data.tensors import ShuffledBatches, TensorTable
 from ..models import MultiTaskModel
 from .balancing import GradientBalancer, LossBalancer, balancer_state, load_balancer_state
-from .checkpoints import (
-    PREFIX,
-    find_last_complete_checkpoint,
-    keep_last_checkpoints,
-    remove_stale_staging,
-    verify_checkpoint,
-    writing_checkpoint,
-)
+from .crash_safe import CrashSafeTrainer
 from .evaluation import Evaluation, evaluate_table
 from .metrics import counted_rows
 from .recipe import EarlyStopping, RecipeError, TaskSampling
 from .sampling import BatchLoader, TaskBatches, TaskRows
-from .schedule import BalancerSteps, OneCycle, SavesAfterEvaluation, SparingSaves
+from .schedule import BalancerSteps
 from .stopping import BestWeights
-from .watch import LossWatch
 
 BALANCING = "balancing.pt"
-BEST = "best.safetensors"
 
 
-class MultiTaskTrainer(Trainer):
+class MultiTaskTrainer(CrashSafeTrainer):
     """Trains any model of the zoo on encoded rows.
 
     What `transformers.Trainer` does through its arguments stays. What differs: batches come from a `TensorTable` by
@@ -81,12 +64,9 @@ class MultiTaskTrainer(Trainer):
 
     # Narrower than the library has them.
     model: MultiTaskModel
-    args: TrainingArguments
     train_dataset: TensorTable | None
     eval_dataset: TensorTable | dict[str, TensorTable] | None
     processing_class: TabularProcessor | None  # type: ignore[assignment]
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.LambdaLR
 
     def __init__(
         self,
@@ -106,24 +86,22 @@ class MultiTaskTrainer(Trainer):
         seconds_between_saves: float = 0.0,
         saved_along: Mapping[str, str] | None = None,
     ):
-        args.logging_nan_inf_filter = False
-        args.label_names = ["labels"]
-        args.remove_unused_columns = False
+        self.tasks = model.config.parsed_tasks
         super().__init__(
-            model=model,
-            args=args,
+            model,
+            args,
+            [task.name for task in self.tasks],
+            callbacks,
+            one_cycle=one_cycle,
+            adam=adam,
+            seconds_between_saves=seconds_between_saves,
+            saved_along=saved_along,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processing_class,  # type: ignore[arg-type]
-            callbacks=list(callbacks),
+            processing_class=processing_class,
         )
         vars(model.config).pop("use_cache", None)  # the library writes it into every config; ours have no such field
-        self.remove_callback(PrinterCallback)
-        if not args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-        self.tasks = model.config.parsed_tasks
-        self.task_sampling, self.one_cycle, self.adam = task_sampling, one_cycle, adam
-        self.saved_along = dict(saved_along or {})
+        self.task_sampling = task_sampling
         self._weights = {task.name: task.weight for task in self.tasks}
         self._check(loss_balancing, gradient_balancing)
         balanced = [task.name for task in self.tasks if task.weight > 0]
@@ -131,25 +109,14 @@ class MultiTaskTrainer(Trainer):
         self.gradient_balancer = None
         if gradient_balancing is not None:
             self.gradient_balancer = GradientBalancer(*gradient_balancing, balanced, model.task_parameters())
-        self.best = None
         if early_stopping is not None:
-            if eval_dataset is None:
-                raise RecipeError("train.early_stopping needs validation rows, found none")
-            if isinstance(eval_dataset, dict):
-                raise RecipeError(
-                    f"train.early_stopping watches one validation table, found several: {', '.join(eval_dataset)}"
-                )
-            self.best = BestWeights(early_stopping, self.tasks)
-            self.add_callback(self.best)
+            reported = {task.name: task.reported_metrics for task in self.tasks}
+            self.stop_early(BestWeights(early_stopping, reported))
         if self.loss_balancer is not None:
             self.add_callback(BalancerSteps(self.loss_balancer))
-        self.add_callback(SavesAfterEvaluation())
-        if seconds_between_saves > 0:
-            self.add_callback(SparingSaves(seconds_between_saves))
         # A frozen batch norm must not go on averaging what passes through it.
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.affine]
         self._frozen_norms = [norm for norm in norms if not norm.weight.requires_grad and not norm.bias.requires_grad]
-        self.watch = LossWatch([task.name for task in self.tasks])
 
     def _check(self, loss_balancing: Any, gradient_balancing: Any) -> None:
         args, accelerator = self.args, self.accelerator
@@ -241,74 +208,6 @@ class MultiTaskTrainer(Trainer):
             self.accelerator.backward(loss)
         return loss.detach()
 
-    @property
-    def _is_plain(self) -> bool:
-        """Whether gradients are neither scaled nor owned by another library."""
-        kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-        return self.accelerator.distributed_type in kinds and self.accelerator.scaler is None
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
-        """Only where it is needed to clip: its value costs a pass over all parameters."""
-        return None if grad_norm is None else super()._get_grad_norm(model, grad_norm)
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not estimated here: the library's guess counts tokens. See `moe_mtl.pathway.cost`."""
-        return 0
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if self.control.should_log or self.control.should_save or self.control.should_evaluate:
-            self.watch.require_finite(self.state.global_step, self.state.epoch)
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean loss of each task since the last entry."""
-        if "loss" in logs:
-            logs |= {f"loss/{task}": value for task, value in self.watch.means().items()}
-            self.watch.reset()
-        super().log(logs, start_time)
-
-    # --- optimiser ---
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Fused AdamW or Adam; no decay of biases, norms and the balancing method's own parameters."""
-        if self.optimizer is None:
-            model = self.model if model is None else model
-            decayed = set(self.get_decay_parameter_names(model))
-            named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-            groups = [
-                {"params": [p for name, p in named if name in decayed], "weight_decay": self.args.weight_decay},
-                {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
-            ]
-            if self.loss_balancer is not None:
-                groups.append({"params": list(self.loss_balancer.parameters()), "weight_decay": 0.0})
-            groups = [group for group in groups if group["params"]]
-            if not groups:
-                raise RecipeError("model.freeze leaves no parameter to train")
-            kind = torch.optim.Adam if self.adam else torch.optim.AdamW
-            betas = (self.args.adam_beta1, self.args.adam_beta2)
-            self.optimizer = kind(
-                groups, lr=self.args.learning_rate, betas=betas, eps=self.args.adam_epsilon, fused=True
-            )
-        return self.optimizer
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The schedule of the arguments, or one-cycle."""
-        if self._is_plain and isinstance(self.optimizer, AcceleratedOptimizer):
-            # The wrapper serves gradient scalers and XLA. Here it would only look on the disk, every step, for a
-            # package that is not there.
-            self.optimizer = self.optimizer.optimizer
-        if not self.one_cycle or self.lr_scheduler is not None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        rise = self.args.get_warmup_steps(num_training_steps) or math.ceil(0.3 * num_training_steps)
-        factor = OneCycle(rise, num_training_steps)
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer if optimizer is None else optimizer, factor
-        )
-        self._created_lr_scheduler = True
-        return self.lr_scheduler
-
     # --- evaluation ---
 
     def evaluate(  # type: ignore[override]
@@ -355,61 +254,17 @@ class MultiTaskTrainer(Trainer):
 
     # --- checkpoints ---
 
-    def train(
-        self,
-        resume_from_checkpoint: str | os.PathLike | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
-        """Trains. `resume_from_checkpoint=True` takes the last complete checkpoint of the output folder.
+    def further_groups(self) -> list[dict[str, Any]]:
+        """Of the balancing method, which is not decayed."""
+        if self.loss_balancer is None:
+            return []
+        return [{"params": list(self.loss_balancer.parameters()), "weight_decay": 0.0}]
 
-        Raises:
-            CheckpointError: the checkpoint is incomplete or damaged.
-            ValueError: there is none.
-            TrainingDivergedError: a loss is not finite.
-        """
-        folder = Path(str(self.args.output_dir))
-        checkpoint: Path | None = None
-        if resume_from_checkpoint is True:
-            checkpoint = find_last_complete_checkpoint(folder)
-            if checkpoint is None:
-                raise ValueError(f"expected a complete checkpoint in {folder}, found none")
-        elif resume_from_checkpoint:
-            checkpoint = verify_checkpoint(Path(resume_from_checkpoint))
-        if self.accelerator.is_main_process:
-            remove_stale_staging(folder)
-        gc.freeze()  # accelerate begins with a full collection, which would walk all that the imports have made
-        try:
-            return super().train(None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval)
-        finally:
-            gc.unfreeze()
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Everything a resumed run needs, by rename; older checkpoints go only afterwards."""
-        generators = gather_object([_generator_state()]) if self.args.world_size > 1 else [_generator_state()]
-        if not self.args.should_save:
-            return
-        self.store_flos()
-        folder = Path(str(self.args.output_dir))
-        with writing_checkpoint(folder / f"{PREFIX}{self.state.global_step}") as staging:
-            self.model.save_pretrained(staging)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(staging)
-            torch.save(self.optimizer.state_dict(), staging / "optimizer.pt")
-            torch.save(self.lr_scheduler.state_dict(), staging / "scheduler.pt")
-            self._save_scaler(str(staging))
-            for process, state in enumerate(generators):
-                name = "rng_state.pth" if len(generators) == 1 else f"rng_state_{process}.pth"
-                torch.save(state, staging / name)
-            if self._balancer is not None and (state := balancer_state(self._balancer)) is not None:
-                torch.save(state, staging / BALANCING)
-            if self.best is not None and self.best.weights is not None:
-                save_file(self.best.weights, staging / BEST)
-            self.state.save_to_json(str(staging / "trainer_state.json"))
-            for name, text in self.saved_along.items():
-                (staging / name).write_text(text, encoding="utf-8")
-        if self.args.save_total_limit:
-            keep_last_checkpoints(folder, self.args.save_total_limit)
+    def save_further(self, folder: Path) -> None:
+        """The state of the balancing method too."""
+        super().save_further(folder)
+        if self._balancer is not None and (state := balancer_state(self._balancer)) is not None:
+            torch.save(state, folder / BALANCING)
 
     @property
     def _balancer(self) -> LossBalancer | GradientBalancer | None:
@@ -417,21 +272,10 @@ class MultiTaskTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        if self._balancer is not None:
+        if checkpoint is not None and self._balancer is not None:
             path = Path(checkpoint, BALANCING)
             if not path.is_file():
                 raise RecipeError(
                     f"{checkpoint} cannot be resumed from: it does not hold the state of {self._balancer.name}"
                 )
             load_balancer_state(self._balancer, torch.load(path, weights_only=True))
-        if self.best is not None and Path(checkpoint, BEST).is_file():
-            self.best.weights = load_file(Path(checkpoint, BEST))
-
-
-def _generator_state() -> dict[str, Any]:
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.random.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.random.get_rng_state()
-    return state

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from ..files import UnsafeFileError
+from ..hub import resolve, verify_manifest, zoo
 from ._base import RankLayer
 
 
@@ -67,13 +70,33 @@ def extract_task(model: PeftModel, task: str | None = None, adapter_name: str | 
     return lora.eval()
 
 
-def load_adapter(model: nn.Module, folder: str | Path, **options: Any) -> PeftModel:
-    """PEFT's `PeftModel.from_pretrained`, in a process where importing this package has made its methods known.
+def load_adapter(name: str | Path, model: nn.Module | None = None, **options: Any) -> PeftModel:
+    """A saved adapter on its base model, in a process where importing this package has made its method known.
+
+    Args:
+        name: zoo name, folder or Hub id of the adapter.
+        model: the base model; by default the one that the adapter names, from the zoo, a folder or the Hub.
+        options: further ones of PEFT's `PeftModel.from_pretrained`, like `is_trainable`.
 
     Raises:
-        ValueError: the folder holds no adapter.
+        ModelNotFoundError: there is no such folder.
+        ValueError: the folder holds no adapter, or one that does not name its base model.
+        UnsafeFileError: its weights are no safetensors.
+        CheckpointError: its files were damaged.
     """
-    if not (Path(folder) / "adapter_config.json").is_file():
+    folder = resolve(name)
+    if not (folder / "adapter_config.json").is_file():
         raise ValueError(f"expected the folder of an adapter, with adapter_config.json, found {folder}")
-    config = PeftConfig.from_pretrained(str(folder))
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UnsafeFileError(f"expected adapter_model.safetensors in {folder}, found none; pickles are not read")
+    verify_manifest(folder)
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    if model is None:
+        base = config.base_model_name_or_path
+        classes = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM}
+        if not base or str(config.task_type) not in classes:
+            found = f"{base!r} and {config.task_type}"
+            raise ValueError(f"model: expected the base model, as {folder} does not say which language model: {found}")
+        where = zoo().get(str(base), base)
+        model = classes[str(config.task_type)].from_pretrained(where, use_safetensors=True)
     return PeftModel.from_pretrained(model, str(folder), config=config, **options)

@@ -210,7 +210,7 @@ def test_saved_and_loaded(config_class: type[RankConfig], tmp_path: Path) -> Non
     model.save_pretrained(tmp_path)
     inputs = batch() | tasks_for(config_class, ["chat", "sql", "code"])
     expected = model(**inputs).logits
-    loaded = load_adapter(llama(), tmp_path)
+    loaded = load_adapter(tmp_path, llama())
     assert torch.equal(loaded(**inputs).logits, expected)
     assert type(loaded.peft_config["default"]) is config_class
     assert not [name for name, parameter in loaded.named_parameters() if parameter.requires_grad]
@@ -229,7 +229,7 @@ def test_a_fresh_process_loads_it(tmp_path: Path) -> None:
 
 def test_a_folder_without_an_adapter(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"adapter_config\.json"):
-        load_adapter(llama(), tmp_path)
+        load_adapter(tmp_path, llama())
 
 
 @pytest.mark.parametrize("config_class", CONFIGS)
@@ -650,7 +650,7 @@ def test_the_balance_is_saved_and_a_trainer_keeps_it(config_class: type[RankConf
     assert all(bias_P.any() for bias_P in biases)
     assert all((bias_P.abs() <= 0.75).all() for bias_P in biases)  # once per step, not per batch
     model.save_pretrained(tmp_path / "adapter")
-    loaded = load_adapter(llama(), tmp_path / "adapter")
+    loaded = load_adapter(tmp_path / "adapter", llama())
     for adapter, bias_P in zip(balanced_adapters(loaded), biases, strict=True):
         assert torch.equal(adapter.bias_P, bias_P)
 
@@ -681,7 +681,7 @@ def test_lori_keeps_the_largest_entries_of_all_layers(tmp_path: Path) -> None:
         adapter.b_OP.data.normal_()
     model.eval().save_pretrained(tmp_path)
     expected = model(**batch()).logits
-    assert torch.equal(load_adapter(llama(), tmp_path)(**batch()).logits, expected)
+    assert torch.equal(load_adapter(tmp_path, llama())(**batch()).logits, expected)
     with pytest.raises(ValueError, match="expected a share"):
         sparsify(model, 0.0)
     with pytest.raises(ValueError, match="expected a trained adapter"):

@@ -1,0 +1,136 @@
+"""Instruct: the user's own tasks for a language model, as JSON lines.
+
+Every line is an object with a `task`, and either `prompt` and `completion`, or `messages` that end with the
+assistant's answer:
+
+    {"task": "sql", "prompt": "List all customers.", "completion": "SELECT * FROM customers;"}
+    {"task": "chat", "messages": [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello."}]}
+
+All lines are checked before anything else happens; a malformed one is refused with its number.
+"""
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..naming import nearest
+from .errors import DataError
+from .text import Example, TextSplits
+
+FIELDS = ("task", "prompt", "completion", "messages")
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of instruct.
+
+    Attributes:
+        path: file of JSON lines (also `.gz`), or several.
+        validation, test: likewise; by default a tenth each of `path`, dealt by a hash of the prompt, so that the same
+            prompt is never on both sides.
+        tasks: which of the tasks in the files to take, in this order; by default all, in alphabetical order.
+        chat: put a prompt that is plain text into a message of the user, and its completion into the assistant's
+            answer, for models with a chat template.
+    """
+
+    path: str | Sequence[str]
+    validation: str | Sequence[str] | None = None
+    test: str | Sequence[str] | None = None
+    tasks: Sequence[str] | None = None
+    chat: bool = False
+
+
+def load(options: Options) -> TextSplits:
+    """Reads and checks every line.
+
+    Raises:
+        DataError: no such file, a malformed line (with its number), an unknown task, a task without training examples.
+    """
+    parts: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
+    digest = hashlib.sha256()
+    for name in parts:
+        where = {"train": options.path}.get(name, getattr(options, name, None))
+        for example in () if where is None else _read(where, options.chat, digest):
+            parts[name].append(example)
+    given = list(parts["train"])
+    held = {0: "test", 1: "validation"}
+    parts["train"] = []
+    for example in given:
+        name = held.get(_tenth(example), "train")
+        parts[name if name == "train" or getattr(options, name) is None else "train"].append(example)
+    found = sorted({example.task for part in parts.values() for example in part})
+    tasks = found if options.tasks is None else list(options.tasks)
+    for task in tasks:
+        if task not in found:
+            raise DataError(f"instruct: expected tasks that the lines have, found {task!r}{nearest(task, found)}")
+    if not tasks or len(set(tasks)) < len(tasks):
+        raise DataError(f"instruct: expected different tasks, at least one, found {tasks}")
+    for task in tasks:
+        if not any(example.task == task for example in parts["train"]):
+            raise DataError(f"instruct: expected at least one training example of task {task!r}, found none")
+    info = {"name": "instruct", "licence": "the user's own", "sha256": digest.hexdigest()}
+    return TextSplits(**parts, tasks=found, info=info).only(tasks)
+
+
+def _read(paths: str | Sequence[str], chat: bool, digest: Any) -> Iterator[Example]:
+    for path in [paths] if isinstance(paths, str) else paths:
+        try:
+            with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    digest.update(line)
+                    if line.strip():
+                        yield _example(line, chat, f"{Path(path).name}, line {number}")
+        except OSError as error:
+            raise DataError(f"instruct: {path}: {error.strerror or error}") from None
+
+
+def _example(line: bytes, chat: bool, where: str) -> Example:
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: expected a JSON object, found no JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{where}: expected a JSON object, found {content!r:.80}")
+    for key in content:
+        if key not in FIELDS:
+            raise DataError(f"{where}: unknown field {key!r}{nearest(key, FIELDS)}")
+    task = content.get("task")
+    if not isinstance(task, str) or not task:
+        raise DataError(f"{where}: task: expected a name, found {task!r:.80}")
+    if ("messages" in content) == ("prompt" in content or "completion" in content):
+        raise DataError(f"{where}: expected prompt and completion, or messages, found {', '.join(content)}")
+    if "messages" in content:
+        messages = _messages(content["messages"], where)
+        return Example(task, messages[:-1], messages[-1:])
+    for key in ("prompt", "completion"):
+        if not isinstance(content.get(key), str) or not content[key]:
+            raise DataError(f"{where}: {key}: expected a text, found {content.get(key)!r:.80}")
+    if chat:
+        user, assistant = {"role": "user", "content": content["prompt"]}, {"role": "assistant"}
+        return Example(task, [user], [assistant | {"content": content["completion"]}])
+    return Example(task, content["prompt"], content["completion"])
+
+
+def _messages(messages: Any, where: str) -> list[dict[str, str]]:
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise DataError(f"{where}: messages: expected a list of at least two, found {messages!r:.80}")
+    for i, message in enumerate(messages):
+        fields = message if isinstance(message, dict) else {}
+        if set(fields) != {"role", "content"} or not isinstance(fields["content"], str):
+            raise DataError(f"{where}: messages[{i}]: expected an object with role and content, found {message!r:.80}")
+        if fields["role"] not in ROLES:
+            expected = ", ".join(ROLES)
+            raise DataError(f"{where}: messages[{i}]: role: expected one of {expected}, found {fields['role']!r}")
+    if messages[-1]["role"] != "assistant":
+        raise DataError(f"{where}: messages: expected the last one from the assistant, found {messages[-1]['role']}")
+    return messages
+
+
+def _tenth(example: Example) -> int:
+    prompt = json.dumps(example.prompt, sort_keys=True)
+    return int(hashlib.sha256(prompt.encode()).hexdigest()[:8], 16) % 10

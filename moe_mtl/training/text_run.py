@@ -1,0 +1,176 @@
+"""A recipe of text from beginning to end: load, encode, train, measure, save. Nothing that is not whole appears."""
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from ..data.text import TextSplits, TokenTable, encode
+from ..files import staged_folder, write_atomically
+from ..hub import write_manifest
+from ..tuners import load_adapter
+from .callbacks import Progress
+from .checkpoints import keep_last_checkpoints, remove_stale_staging
+from .recipe import Recipe, RecipeError, recipe_sha256
+from .run import SECONDS_BETWEEN_SAVES, RunResult, check_finite, load_data, reporter, training_arguments
+from .saved import METRICS, RECIPE, plain
+from .text_building import ADAPTER, build_text
+from .text_trainer import TextEvaluation, TextTrainer, curve, evaluate_text, pack, pad_token
+
+LIBRARIES = ("torch", "transformers", "peft", "moe-mtl")
+
+
+def run_text(
+    recipe: Recipe, output_dir: Path, progress: bool, resume: bool, tell: Callable[[str], None] | None
+) -> RunResult:
+    """Trains a language model, or an adapter on one; see `run`."""
+    _check(recipe)
+    start = time.perf_counter()
+    splits = load_data(recipe)
+    assert isinstance(splits, TextSplits)
+    if recipe.model.tasks is not None:
+        if unknown := [task for task in recipe.model.tasks if task not in splits.tasks]:
+            raise RecipeError(f"model.tasks: expected some of {', '.join(splits.tasks)}, found {unknown[0]!r}")
+        splits = splits.only(recipe.model.tasks)
+    set_seed(recipe.train.seed)
+    model, tokenizer, tasks = build_text(recipe, splits.tasks)
+    wanted = {"train", "validation", *recipe.eval.splits}
+    tables = {
+        name: encode_split(recipe, part, tokenizer, tasks) for name, part in splits.parts().items() if name in wanted
+    }
+    for name, table in tables.items():
+        if not len(table):
+            raise RecipeError(f"data: expected examples in the {name} part, found none")
+    if tell is not None:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        tell(f"{sum(p.numel() for p in parameters):,} of {model.num_parameters():,} parameters are trained")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    use_cache = model.config.use_cache  # the trainer turns it off
+    trainer = _trainer(recipe, model, tokenizer, tables, output_dir, progress)
+    prepared = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume or None)
+    trained = time.perf_counter()
+    check_finite(model)
+    model.config.use_cache = use_cache
+    results = {
+        name: evaluate_text(model, tables[name], recipe.train.eval_batch_size, pad_token(tokenizer))
+        for name in recipe.eval.splits
+    }
+    record = plain(
+        {
+            "metrics": {name: result.metrics for name, result in results.items()},
+            "loss": {name: result.loss for name, result in results.items()},
+            "curve": curve(trainer.state.log_history),
+            "model_type": _type(model),
+            "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "seed": recipe.train.seed,
+            "recipe_sha256": recipe_sha256(recipe),
+            "data": splits.info,
+            "eval_batch_size": recipe.train.eval_batch_size,
+            "steps": trainer.state.global_step,
+            "best_step": trainer.state.best_global_step if trainer.best is not None else None,
+            "seconds": {
+                "prepare": prepared - start,
+                "train": trained - prepared,
+                "evaluate": time.perf_counter() - trained,
+            },
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        }
+    )
+    _save(output_dir, model, tokenizer, recipe, record)
+    return RunResult(record["metrics"], output_dir, record, model, tokenizer)
+
+
+def load_text(folder: Path) -> tuple[Any, Any, list[str] | None]:
+    """A saved language model or adapter, its tokeniser, and the tasks that it tells apart, if it does."""
+    model: Any
+    if not (folder / ADAPTER).is_file():
+        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
+        return model.eval(), AutoTokenizer.from_pretrained(folder), None
+    model = load_adapter(folder)
+    return model.eval(), AutoTokenizer.from_pretrained(folder), getattr(model.active_peft_config, "tasks", None)
+
+
+def evaluate_saved_text(folder: Path, split: str, recipe: Recipe) -> TextEvaluation:
+    """Measures a saved language model or adapter again."""
+    model, tokenizer, tasks = load_text(folder)
+    splits = load_data(recipe)
+    assert isinstance(splits, TextSplits)
+    if recipe.model.tasks is not None:
+        splits = splits.only(recipe.model.tasks)
+    table = encode_split(recipe, splits.parts()[split], tokenizer, tasks or splits.tasks)
+    return evaluate_text(model, table, recipe.train.eval_batch_size, pad_token(tokenizer))
+
+
+def encode_split(recipe: Recipe, examples: Any, tokenizer: Any, tasks: list[str]) -> TokenTable:
+    """Examples as a recipe wants them cut."""
+    return encode(examples, tokenizer, tasks, recipe.train.max_length, recipe.train.truncate)
+
+
+def _check(recipe: Recipe) -> None:
+    """What is for rows of a table, not for text."""
+    model, train = recipe.model, recipe.train
+    for key, value in {
+        "model.add_tasks": model.add_tasks,
+        "model.drop_tasks": model.drop_tasks,
+        "train.task_weights": train.task_weights,
+        "train.task_sampling": train.task_sampling,
+        "train.loss_balancing": recipe.loss_method,
+        "train.gradient_balancing": recipe.gradient_method,
+        "eval.bootstrap": recipe.eval.bootstrap,
+    }.items():
+        if value:
+            raise RecipeError(f"{key}: expected none, as {recipe.data.name} is text, whose batches mix the tasks")
+
+
+def _trainer(
+    recipe: Recipe, model: Any, tokenizer: Any, tables: dict[str, TokenTable], output_dir: Path, progress: bool
+) -> TextTrainer:
+    section = recipe.train
+    callbacks: list[Any] = [reporter(section.report_to, output_dir)] if section.report_to != "none" else []
+    if progress:
+        callbacks.append(Progress())
+    if section.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    packed = None
+    if section.packing:
+        assert section.max_length is not None
+        packed = pack(tables["train"], section.max_length)
+    return TextTrainer(
+        model,
+        training_arguments(section, output_dir),
+        tables["train"],
+        tables["validation"],
+        tokenizer,
+        callbacks,
+        packed=packed,
+        early_stopping=section.early_stopping,
+        one_cycle=section.schedule == "one_cycle",
+        adam=section.optimizer == "adam",
+        seconds_between_saves=SECONDS_BETWEEN_SAVES,
+        saved_along={RECIPE: recipe.to_yaml()},
+    )
+
+
+def _type(model: Any) -> str:
+    if isinstance(model, PeftModel):
+        return str(model.active_peft_config.peft_type.value).lower()
+    return model.config.model_type
+
+
+def _save(output_dir: Path, model: Any, tokenizer: Any, recipe: Recipe, record: dict[str, Any]) -> None:
+    with staged_folder(output_dir) as staging:
+        model.save_pretrained(staging)
+        (staging / "README.md").unlink(missing_ok=True)  # PEFT's, which says nothing yet
+        tokenizer.save_pretrained(staging)
+        write_atomically(staging / RECIPE, recipe.to_yaml())
+        write_atomically(staging / METRICS, json.dumps(record, indent=1, allow_nan=False) + "\n")
+        write_manifest(staging)
+    keep_last_checkpoints(output_dir, 0)
+    remove_stale_staging(output_dir)
