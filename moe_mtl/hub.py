@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS, INDEX, CONFIG, MANIFEST = "model.safetensors", "model.safetensors.index.json", "config.json", "manifest.json"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.md"]  # never code, never pickles
 WEIGHT_FILES = (WEIGHTS, "model-*.safetensors", INDEX)
 MAX_HEADER_BYTES = 16 * 2**20  # some 150,000 tensors; the format itself allows 100 MB
@@ -65,7 +66,8 @@ def recipes_folder() -> Path:
 
 def zoo() -> dict[str, Path]:
     """Every model of the zoo by name, sorted."""
-    return {config.parent.name: config.parent for config in sorted(zoo_folder().glob(f"[!._]*/{CONFIG}"))}
+    folders = {path.parent for name in (CONFIG, ADAPTER) for path in zoo_folder().glob(f"[!._]*/{name}")}
+    return {folder.name: folder for folder in sorted(folders)}
 
 
 def resolve(
@@ -281,17 +283,18 @@ class Checkpoint:
     Args:
         folder: where it lies.
         hash_weights: compare the weights with the manifest too, where there is one: that reads every byte of them.
+        weights: the file of weights that are in one; an adapter's has a name of its own.
     """
 
-    def __init__(self, folder: str | Path, *, hash_weights: bool = True) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, *, hash_weights: bool = True, weights: str = WEIGHTS) -> None:
+        self.folder, self.weights = Path(folder), weights
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self.bytes_read = 0
         self._files: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
         weight_map = self._weight_map()
-        for name in sorted(set(weight_map.values())) if weight_map is not None else [WEIGHTS]:
+        for name in sorted(set(weight_map.values())) if weight_map is not None else [weights]:
             self._read_header(name)
         if weight_map is not None:
             self._compare_with_index(weight_map)
@@ -347,11 +350,11 @@ class Checkpoint:
         if not self.folder.is_dir():
             raise ModelNotFoundError(f"expected a model folder, found none at {self.folder}")
         names = {entry.name for entry in self.folder.iterdir()}
-        if WEIGHTS in names and INDEX in names:
+        if self.weights in names and INDEX in names:
             raise CheckpointError(
-                f"expected either {WEIGHTS} or {INDEX} in {self.folder}, found both: one of them is stale"
+                f"expected either {self.weights} or {INDEX} in {self.folder}, found both: one of them is stale"
             )
-        if WEIGHTS in names:
+        if self.weights in names:
             return None
         if INDEX not in names:
             pickles = sorted(name for name in names if name.endswith(PICKLES))

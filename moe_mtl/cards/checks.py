@@ -5,14 +5,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..files import CheckpointError, ModelNotFoundError, UnsafeFileError
-from ..hub import CONFIG, MANIFEST, PICKLES, WEIGHTS, Checkpoint, file_sha256, read_config, zoo, zoo_folder
+from ..files import CheckpointError, ModelNotFoundError, UnsafeFileError, read_json
+from ..hub import ADAPTER, CONFIG, MANIFEST, PICKLES, Checkpoint, file_sha256, read_config, zoo, zoo_folder
 from ..training.saved import RECIPE
+from .curves import CURVES, draw
 from .page import PAGE, PROMPT, RESULTS, ZOO, index_pages, render, replace_block
-from .record import RECORD, load_record, this_row
+from .record import RECORD, family, load_record, this_row
 
 MAX_BYTES = 2_000_000
-FILES = (PAGE, CONFIG, "preprocessor_config.json", WEIGHTS, RECORD, RECIPE, MANIFEST)
+FILES = (PAGE, RECORD, RECIPE, MANIFEST)
 # In prose, a decimal is a result without a record. These are none: code, links, and the names of licences.
 _NO_RESULTS = re.compile(
     r"^```.*?^```|`[^`\n]+`|https?://[^\s)>]+|doi:\S+|arXiv:\S+|CC BY(?:-SA)? 4\.0|Apache-2\.0", re.S | re.M
@@ -40,8 +41,8 @@ def check_card(folder: Path) -> list[str]:
     if problems:  # the rest would only repeat it
         return problems
     try:
-        record, config = load_record(folder), read_config(folder)
-        found = _check_record(folder, record, config) + _check_recipe(folder, record)
+        record = load_record(folder)
+        found = _check_record(folder, record) + _check_recipe(folder, record)
         found = found or _check_page(folder)
     except (ValueError, OSError) as error:
         found = [str(error)]
@@ -76,42 +77,56 @@ def decimals_in_prose(page: str) -> list[str]:
     ]
 
 
+def shipped_files(folder: Path) -> tuple[str, ...]:
+    """The model's own files in a card's folder."""
+    from . import text_variants, variants
+
+    table = (folder / "preprocessor_config.json").is_file() or not (folder / "tokenizer_config.json").is_file()
+    return (variants if table else text_variants).files(folder)
+
+
 def _check_files(folder: Path) -> list[str]:
     if not folder.is_dir():
         return [f"expected a folder, found none at {folder}"]
     entries = sorted(folder.iterdir())
     names = [entry.name for entry in entries]
-    problems = [f"expected the file {name}, found none" for name in FILES if name not in names]
+    known = (*FILES, *shipped_files(folder))
+    problems = [f"expected the file {name}, found none" for name in known if name not in names]
     problems += [f"{name}: pickles are never shipped" for name in names if name.endswith(PICKLES)]
-    problems += [f"{name}: no file of a card" for name in names if name not in FILES and not name.endswith(PICKLES)]
+    further = {*known, CURVES}
+    problems += [f"{name}: no file of a card" for name in names if name not in further and not name.endswith(PICKLES)]
     size = sum(entry.stat().st_size for entry in entries)
     return problems + ([f"expected at most {MAX_BYTES:,} bytes, found {size:,}"] if size > MAX_BYTES else [])
 
 
-def _check_record(folder: Path, record: dict[str, Any], config: dict[str, Any]) -> list[str]:
+def _check_record(folder: Path, record: dict[str, Any]) -> list[str]:
     problems = []
+    kind, where = family(record), ADAPTER if family(record) == "adapter" else CONFIG
+    config = read_json(folder, ADAPTER) if kind == "adapter" else read_config(folder)
+    model_type = str(config.get("peft_type")).lower() if kind == "adapter" else config["model_type"]
     if record["name"] != folder.name:
         problems.append(f"{RECORD}: expected the name {folder.name}, found {record['name']}")
-    if config["model_type"] != record["model_type"]:
-        problems.append(f"{RECORD} is of a {record['model_type']}, {CONFIG} of a {config['model_type']}")
-    tasks = [task["name"] for task in config.get("tasks", [])]
-    if tasks != list(this_row(record)["metrics"]):
-        problems.append(f"{CONFIG} has the tasks {tasks}, {RECORD} measures {list(this_row(record)['metrics'])}")
+    if model_type != record["model_type"]:
+        problems.append(f"{RECORD} is of a {record['model_type']}, {where} of a {model_type}")
+    tasks = [task if isinstance(task, str) else task["name"] for task in config.get("tasks") or []]
+    if tasks != list(this_row(record)["metrics"]) and (tasks or kind == "table"):
+        problems.append(f"{where} has the tasks {tasks}, {RECORD} measures {list(this_row(record)['metrics'])}")
+    weights = next(name for name in shipped_files(folder) if name.endswith(".safetensors"))
     try:
-        checkpoint = Checkpoint(folder)
+        checkpoint = Checkpoint(folder, weights=weights)
     except (CheckpointError, UnsafeFileError, ModelNotFoundError) as error:
         return [*problems, str(error)]
     found = {
-        "sha256": file_sha256(folder / WEIGHTS),
-        "bytes": (folder / WEIGHTS).stat().st_size,
+        "sha256": file_sha256(folder / weights),
+        "bytes": (folder / weights).stat().st_size,
         "tensors": len(checkpoint.shapes),
         "elements": checkpoint.num_elements,
     }
     for key, value in record["weights"].items():
         if found[key] != value:
-            problems.append(f"{WEIGHTS} is not that of {RECORD}: expected {key} {value}, found {found[key]}")
+            problems.append(f"{weights} is not that of {RECORD}: expected {key} {value}, found {found[key]}")
     if this_row(record)["parameters"] > checkpoint.num_elements:
-        problems.append(f"{RECORD} counts more parameters than {WEIGHTS} holds, {checkpoint.num_elements:,}")
+        problems.append(f"{RECORD} counts more parameters than {weights} holds, {checkpoint.num_elements:,}")
     return problems
 
 
@@ -136,6 +151,9 @@ def _check_page(folder: Path) -> list[str]:
     page = (folder / PAGE).read_text(encoding="utf-8")
     problems = [f"{PAGE}, {found}: a number without a record" for found in decimals_in_prose(page)]
     problems += [f"{PAGE}: prose is missing at {prompt}" for prompt in re.findall(f"{re.escape(PROMPT)}.*", page)]
+    drawing = draw(load_record(folder))
+    if drawing is not None and (not (folder / CURVES).is_file() or (folder / CURVES).read_text("utf-8") != drawing):
+        problems.append(f"{CURVES} is not what {RECORD} gives; run moe-mtl cards build")
     if render(folder, page) != page:
         problems.append(f"{PAGE} is not what {RECORD} gives; run moe-mtl cards build")
     return problems

@@ -6,17 +6,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..data import DataSplits
+from ..data import is_text
 from ..files import staged_folder
-from ..hub import CONFIG, WEIGHTS, Checkpoint, file_sha256, write_manifest, zoo_folder
+from ..hub import Checkpoint, file_sha256, write_manifest, zoo_folder
 from ..training.recipe import load_recipe
 from ..training.saved import RECIPE
+from . import text_variants, variants
 from .bootstrap import paired_bootstrap
+from .curves import CURVES, draw
 from .environment import hardware, packages
 from .external import compared, external_rows, kept_rows, write_record
 from .page import PAGE, build_index, prose_of, render
 from .record import LOWER_IS_BETTER, RECORD, load_record, measure, record_problems
-from .variants import Trained, answer, canonical, cost, load_trained, measured_tasks, statistics, train, variants
+from .variants import Trained, canonical, train
 
 RESAMPLES, CONFIDENCE = 1000, 0.95
 
@@ -37,7 +39,7 @@ def make(
 
     Args:
         recipe: of the model, name or file; `card.name` and `card.seeds` say what to make.
-        baseline: recipe of a shared bottom on the same data; by default `shared_bottom` beside the recipe.
+        baseline: of a table, recipe of a shared bottom on the same data; by default `shared_bottom` beside the recipe.
         data_path: where the rows are, for data sets that are read from a path.
         runs: folder that keeps the trained models, so that a second card, or a second try, does not train them again.
         budget: `ci` if the record is small enough to be repeated at every change, else `nightly`.
@@ -64,13 +66,11 @@ def make(
             )
     from ..training.run import load_data
 
-    splits = load_data(own)
-    assert isinstance(splits, DataSplits)
-    tasks = measured_tasks(own, splits)
+    splits: Any = load_data(own)
+    kind: Any = text_variants if is_text(own.data.name) else variants
+    tasks = kind.measured_tasks(own, splits)
     name = canonical(recipe)
-    baseline = baseline or f"{name.rpartition('/')[0]}/shared_bottom"
-    alone = [task.name for task in tasks if task.product_of is None]
-    chosen = variants(name, baseline, data_path, alone)
+    chosen = kind.variants(name, baseline, data_path, kind.alone(tasks))
     trained: dict[str, list[Trained]] = {}
     for variant in chosen:
         for seed in own.card.seeds:
@@ -80,18 +80,22 @@ def make(
 
     shipped = best_seed([one.metrics["validation"] for one in trained[chosen[0].model]])
     best = trained[chosen[0].model][shipped].folders["all"]
-    model, _ = load_trained(best)
     seeds = own.card.seeds
     rows = [
         # Of the shipped seed: how many experts a task keeps may depend on what was learnt.
-        variant.row | _cost_of(trained[variant.model][shipped]) | {"metrics": _metrics(trained[variant.model])}
+        variant.row | kind.cost_of(trained[variant.model][shipped]) | {"metrics": _metrics(trained[variant.model])}
         for variant in chosen
     ]
-    checkpoint = Checkpoint(best)
+    if kind is text_variants and len(rows) > 1:
+        text_variants.close(rows[0], rows[1])
+    shipped_files = kind.files(best)
+    weights = next(one for one in shipped_files if one.endswith(".safetensors"))
+    checkpoint = Checkpoint(best, weights=weights)
     command = f"moe-mtl cards make {name}" + (f" --data.path {Path(data_path).name}" if data_path else "")
     record = {
         "name": own.card.name,
-        "model_type": own.model.type,
+        **({"family": "adapter" if own.model.adapter else "language model"} if kind is text_variants else {}),
+        "model_type": chosen[0].model,
         "command": command,
         "recipe": name,
         "recipe_sha256": rows[0]["recipe_sha256"],
@@ -99,20 +103,22 @@ def make(
         "seeds": seeds,
         "shipped_seed": seeds[shipped],
         "weights": {
-            "sha256": file_sha256(best / WEIGHTS),
-            "bytes": (best / WEIGHTS).stat().st_size,
+            "sha256": file_sha256(best / weights),
+            "bytes": (best / weights).stat().st_size,
             "tensors": len(checkpoint.shapes),
             "elements": checkpoint.num_elements,
         },
         "rows": rows,
-        "single_task_cost": {task.name: cost(model, task.name) | _experts_of(model, task.name) for task in tasks},
-        "comparison": _comparison(tasks, trained, splits.test, own.train.eval_batch_size),
+        "single_task_cost": kind.task_costs(best, tasks),
+        "comparison": _comparison(kind, tasks, trained, splits.test, own.train.eval_batch_size),
         "bootstrap": {"resamples": RESAMPLES, "confidence": CONFIDENCE},
         "wall_s": round(sum(one.wall_s for variant in trained.values() for one in variant), 1),
         "hardware": hardware(),
         "packages": packages(),
         "budget": budget,
     }
+    if curves := _curves(trained):
+        record["curves"] = curves
     earlier = zoo_folder() / own.card.name
     others = external_rows(external, record) if external is not None else []
     if external is None and (earlier / RECORD).exists():
@@ -121,23 +127,25 @@ def make(
         record["external"] = others
         if not compared(record):
             echo(f"the other tools were not compared with these weights: moe-mtl bench trees --model {own.card.name}")
-    return write_card(record, best)
+    return write_card(record, best, shipped_files)
 
 
-def write_card(record: dict[str, Any], trained: Path) -> Path:
+def write_card(record: dict[str, Any], trained: Path, files: tuple[str, ...]) -> Path:
     """The card's folder from its record and the trained model, in one rename; prose that is there stays."""
     if problems := record_problems(record):
         raise ValueError(f"{RECORD}: " + "; ".join(problems))
     target = zoo_folder() / record["name"]
     prose = prose_of(target, record)
     with staged_folder(target) as folder:
-        for name in (CONFIG, "preprocessor_config.json", WEIGHTS):
+        for name in files:
             shutil.copyfile(trained / name, folder / name)
         # Without the path: where the rows lay is nobody's business, and elsewhere on the reader's machine.
         resolved = load_recipe(trained / RECIPE)
         resolved.data.path = None
         (folder / RECIPE).write_text(resolved.to_yaml(), encoding="utf-8")
         write_record(folder, record)
+        if (drawing := draw(record)) is not None:
+            (folder / CURVES).write_text(drawing, encoding="utf-8")
         (folder / PAGE).write_text(render(folder, prose), encoding="utf-8")
         write_manifest(folder)
     build_index()
@@ -167,29 +175,32 @@ def _metrics(trained: list[Trained]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _cost_of(trained: Trained) -> dict[str, int]:
-    """Of all models that it takes to answer every task."""
-    costs = [cost(load_trained(folder)[0]) for folder in trained.folders.values()]
-    return {key: sum(one[key] for one in costs) for key in costs[0]}
-
-
-def _experts_of(model: Any, task: str) -> dict[str, dict[str, Any]]:
-    """Which experts a task keeps, where the config says that: a gate that chooses may have settled on few, or not."""
-    config = model.extract_task(task).config.to_dict()
-    if "experts_kept" not in config:
-        return {}
-    number, kept = config["num_experts"], config["experts_kept"]
-    return {"experts": {"kept": list(range(number)) if kept is None else kept, "of": number}}
+def _curves(trained: dict[str, list[Trained]]) -> dict[str, Any]:
+    """Validation over the steps, a list per seed, of the models that were measured at the same steps as the first."""
+    found: dict[str, Any] = {}
+    first = next(iter(trained.values()))[0].curve
+    for model, runs in trained.items():
+        curves = [one.curve for one in runs]
+        if (
+            first is not None
+            and first["step"]
+            and all(one is not None and one["step"] == first["step"] for one in curves)
+        ):
+            values = [one["exact_match"] for one in curves if one is not None]
+            found[model] = {"step": first["step"], "exact_match": values}
+    return found
 
 
 def _comparison(
-    tasks: list[Any], trained: dict[str, list[Trained]], rows: Any, batch_size: int
+    kind: Any, tasks: list[Any], trained: dict[str, list[Trained]], rows: Any, batch_size: int
 ) -> list[dict[str, Any]]:
     own, *baselines = trained
-    found = []
-    answers = {model: [answer(one, rows, batch_size) for one in trained[model]] for model in trained}
+    found: list[dict[str, Any]] = []
+    if not baselines:
+        return found
+    answers = {model: [kind.answer(one, rows, batch_size) for one in trained[model]] for model in trained}
     for task in tasks:
-        judged = {variant: statistics(task, answers[variant]) for variant in trained}
+        judged = {variant: kind.statistics(task, answers[variant]) for variant in trained}
         metric = next(iter(trained[own][0].metrics["test"][task.name]))
         for baseline in baselines:
             mine, theirs = judged[own], judged[baseline]

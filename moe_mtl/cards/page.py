@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_atomically
-from ..hub import read_config, zoo, zoo_folder
-from .record import LOWER_IS_BETTER, SAME_DIGITS, load_record, this_row, tolerance
+from ..hub import ADAPTER, read_config, zoo, zoo_folder
+from .curves import CURVES, draw, means
+from .record import LOWER_IS_BETTER, SAME_DIGITS, family, load_record, measure, this_row, tolerance
 
 PAGE = "README.md"
 RESULTS = ("<!-- results:begin -->", "<!-- results:end -->")
@@ -20,10 +21,24 @@ ZOO = ("<!-- zoo:begin -->", "<!-- zoo:end -->")
 WEIGHTS_LICENCE = "apache-2.0"
 HUB_METRICS = {"auc": "roc_auc"}  # names of the Hub where they differ from ours
 DIGITS = 4
+MANY = 4  # tasks whose metrics the table of the zoo tells one by one
 # Of a recipe: what says which model or tasks, or changes no number.
 NO_SETTINGS = ("type", "from", "tasks", "add_tasks", "drop_tasks", "seed", "report_to", "logging_steps", "save_steps")
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
-_ROLES = {"single_task": "single-task (one model per task)", "shared_bottom": "shared-bottom"}
+_ROLES = {
+    "single_task": "single-task (one model per task)",
+    "shared_bottom": "shared-bottom",
+    "lora": "LoRA, as many trained",
+    "lora_active": "LoRA, as many active",
+    "lora_each": "LoRA, one per task",
+}
+# Of a family: what the columns of parameters and of multiply-adds count, and how one task is had alone.
+_COUNTED = {
+    "table": ("parameters", "multiply-adds per row", "`from_pretrained(..., tasks=[task])`"),
+    "language model": ("parameters", "multiply-adds per token", "the same model"),
+    "adapter": ("trained parameters", "of them met by a token", "`extract_task(model, task)`, before it is merged"),
+}
+_TEMPLATES = {"table": "TEMPLATE.md", "language model": "TEMPLATE-model.md", "adapter": "TEMPLATE-adapter.md"}
 
 
 def build_card(folder: str | Path) -> Path:
@@ -35,8 +50,10 @@ def build_card(folder: str | Path) -> Path:
         ValueError: the record or the config is wrong, or the page has no block to fill.
     """
     folder = Path(folder)
-    page = folder / PAGE
-    write_atomically(page, render(folder, prose_of(folder, load_record(folder))))
+    page, record = folder / PAGE, load_record(folder)
+    if (drawing := draw(record)) is not None:
+        write_atomically(folder / CURVES, drawing)
+    write_atomically(page, render(folder, prose_of(folder, record)))
     return page
 
 
@@ -44,13 +61,14 @@ def prose_of(folder: Path, record: Mapping[str, Any]) -> str:
     """The page as it stands, else the template with the names filled in."""
     if (folder / PAGE).exists():
         return (folder / PAGE).read_text(encoding="utf-8")
-    template = (zoo_folder() / "TEMPLATE.md").read_text(encoding="utf-8")
+    template = (zoo_folder() / _TEMPLATES[family(record)]).read_text(encoding="utf-8")
     return template.replace("{name}", record["name"]).replace("{task}", next(iter(this_row(record)["metrics"])))
 
 
 def render(folder: Path, page: str) -> str:
     """`page` with front matter and results as the record of `folder` has them."""
-    record, config = load_record(folder), read_config(folder)
+    record = load_record(folder)
+    config = {} if (folder / ADAPTER).is_file() else read_config(folder)
     prose = _FRONT_MATTER.sub("", page)
     return f"---\n{front_matter(record, config)}---\n{replace_block(prose, RESULTS, results(record))}"
 
@@ -71,12 +89,16 @@ def front_matter(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """The metadata that the Hub reads, YAML: the shipped weights' own test results, not the mean over the seeds."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    kinds = {task["name"]: task["kind"] for task in config["tasks"]}
+    kinds = {task["name"]: task["kind"] for task in config.get("tasks", [])}
+    text = family(record) != "table"
+    tags = ["mixture-of-experts", "multi-task-learning", record["model_type"]]
+    if text:
+        tags = ["lora", "peft", *tags] if family(record) == "adapter" else tags[1:]
     shipped = record["seeds"].index(record["shipped_seed"])
     data = record["data"]["name"]
     evaluations = [
         EvalResult(
-            task_type=_hub_task(kinds[task]),
+            task_type=TEXT if text else _hub_task(kinds[task]),
             dataset_type=data,
             dataset_name=data,
             dataset_split="test",
@@ -91,11 +113,14 @@ def front_matter(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         model_name=record["name"],
         license=WEIGHTS_LICENCE,
         library_name="moe_mtl",
-        pipeline_tag=_hub_task(next(iter(kinds.values()))),
-        tags=["mixture-of-experts", "multi-task-learning", record["model_type"]],
+        pipeline_tag=TEXT if text else _hub_task(next(iter(kinds.values()))),
+        tags=tags,
         eval_results=evaluations,
     )
     return card.to_yaml(line_break="\n") + "\n"
+
+
+TEXT = "text-generation"
 
 
 def _hub_task(kind: str) -> str:
@@ -107,7 +132,11 @@ def _hub_task(kind: str) -> str:
 
 def results(record: Mapping[str, Any]) -> str:
     """The generated block: every table of a card and how to make it again."""
-    parts = [_metrics_table(record), _settings(record), _comparison(record), _cost_table(record)]
+    parts = [_metrics_table(record)]
+    if len(record["rows"]) > 1:
+        parts += [_settings(record), _comparison(record), _cost_table(record)]
+    if record.get("curves"):
+        parts.append(_curves(record))
     if record.get("external"):
         parts.append(_external(record))
     return "\n\n".join([*parts, _provenance(record)])
@@ -131,7 +160,7 @@ def _metrics_table(record: Mapping[str, Any]) -> str:
     shipped = record["seeds"].index(record["shipped_seed"])
     cells = [_number(own["metrics"][task][metric]["values"][shipped]) for task, metric in columns]
     rows.append([f"these weights (seed {record['shipped_seed']})", "", "", *cells])
-    header = ["model", "parameters", "multiply-adds per row", *[f"{task} {_named(metric)}" for task, metric in columns]]
+    header = ["model", *_COUNTED[family(record)][:2], *[f"{task} {_named(metric)}" for task, metric in columns]]
     seeds = f"Test rows; mean ± standard deviation over {len(record['seeds'])} seeds."
     return f"{seeds} ↓: lower is better.\n\n{table(header, rows)}"
 
@@ -206,7 +235,8 @@ def verdict(entry: Mapping[str, Any]) -> str:
 
 def _cost_table(record: Mapping[str, Any]) -> str:
     own = this_row(record)
-    header = ["one task alone", "parameters", "of all", "multiply-adds per row", "of all"]
+    parameters, multiplied, how = _COUNTED[family(record)]
+    header = ["one task alone", parameters, "of all", multiplied, "of all"]
     costs = record["single_task_cost"]
     named = all("experts" in cost for cost in costs.values())
     rows = []
@@ -221,7 +251,17 @@ def _cost_table(record: Mapping[str, Any]) -> str:
         rows.append(cells)
     if named:
         header.insert(1, "experts kept")
-    return f"What one task costs, `from_pretrained(..., tasks=[task])`:\n\n{table(header, rows)}"
+    return f"What one task costs, {how}:\n\n{table(header, rows)}"
+
+
+def _curves(record: Mapping[str, Any]) -> str:
+    """Exact match over the steps, mean over the tasks and seeds."""
+    curves = record["curves"]
+    header = ["mean exact match after steps", *[f"{step:g}" for step in next(iter(curves.values()))["step"]]]
+    rows = [[_ROLES.get(model, model), *[_number(value) for value in means(curve)]] for model, curve in curves.items()]
+    same = [row for row in rows if len(row) == len(header)]
+    told = "On the validation rows, mean over the tasks and the seeds; the bands show the seeds."
+    return f"{told}\n\n![exact match over the steps]({CURVES})\n\n{table(header, same)}"
 
 
 def _external(record: Mapping[str, Any]) -> str:
@@ -292,7 +332,12 @@ def zoo_table(prefix: str = "") -> str:
         # The first metric of a task is its primary one.
         primary = [(task, *next(iter(metrics.items()))) for task, metrics in own["metrics"].items()]
         measured = ", ".join(f"{task} {_named(metric)} {_spread(entry)}" for task, metric, entry in primary)
-        verdicts = [verdict(entry) for entry in record["comparison"] if entry["baseline"] == "single_task"]
+        if len(primary) > MANY and len({metric for _, metric, _ in primary}) == 1:
+            values = zip(*(entry["values"] for _, _, entry in primary), strict=True)
+            mean = measure([sum(of_seed) / len(primary) for of_seed in values])
+            measured = f"mean {_named(primary[0][1])} of {len(primary)} tasks {_spread(mean)}"
+        alone = ("single_task", "lora_each")
+        verdicts = [verdict(entry) for entry in record["comparison"] if entry["baseline"] in alone]
         kinds = ("better", "worse", "no difference shown")
         counted = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in kinds if kind in verdicts)
         link = f"[{name}]({prefix}{name}/{PAGE})"

@@ -17,10 +17,17 @@ NUMBER = (int, float)
 MEASURE = {"values": [NUMBER], "mean": NUMBER, "std": NUMBER}
 COST = {"parameters": int, "multiply_adds": int}
 DIFFERENCE = {"mean": NUMBER, "ci_low": NUMBER, "ci_high": NUMBER}
+FAMILIES = ("table", "language model", "adapter")
+BASELINES = {
+    "table": ("single_task", "shared_bottom"),
+    "language model": (),
+    "adapter": ("lora", "lora_active", "lora_each"),
+}
 # Types as leaves; [x] is a list of x, {"*": x} a mapping of any names to x, a key with "?" may be absent.
 SCHEMA: dict[str, Any] = {
     "name": str,
     "model_type": str,
+    "family?": FAMILIES,  # a table where it is missing
     "command": str,
     "recipe": str,
     "recipe_sha256": str,
@@ -46,6 +53,8 @@ SCHEMA: dict[str, Any] = {
     "hardware": str,
     "packages": {"*": str},
     "budget": BUDGETS,
+    # Exact match on the validation rows over the steps, a list per seed.
+    "curves?": {"*": {"step": [NUMBER], "exact_match": [[NUMBER]]}},
     # `differences`: the shipped weights minus the tool, on the same resampled rows.
     "external?": [
         {
@@ -88,6 +97,11 @@ def load_record(folder: str | Path) -> dict[str, Any]:
     if problems:
         raise ValueError(f"{RECORD} of {folder}: " + "; ".join(problems))
     return record
+
+
+def family(record: Mapping[str, Any]) -> str:
+    """What kind of model a record is of."""
+    return record.get("family", FAMILIES[0])
 
 
 def this_row(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,7 +150,7 @@ def _disagreements(record: Mapping[str, Any]) -> list[str]:
     models = [row["model"] for row in record["rows"]]
     if len(set(models)) < len(models):
         problems.append(f"rows: expected each model once, found {', '.join(models)}")
-    for baseline in ("single_task", "shared_bottom"):
+    for baseline in BASELINES[family(record)]:
         if baseline not in models:
             problems.append(f"rows: expected the baseline {baseline}, found {', '.join(models)}")
     if len(set(record["seeds"])) < max(3, len(record["seeds"])):
@@ -169,6 +183,9 @@ def _disagreements(record: Mapping[str, Any]) -> list[str]:
         apart = {(task, metric) for task, metrics in row.get("differences", {}).items() for metric in metrics}
         if not told <= measured or (apart and apart != told):
             problems.append(f"external.{row['model']}: expected tasks and metrics of {own[0]['model']}, each compared")
+    for model, curve in record.get("curves", {}).items():
+        if model not in models or {len(values) for values in curve["exact_match"]} != {len(curve["step"])}:
+            problems.append(f"curves.{model}: expected a value per step and seed, of a model of the table")
     for task in record["single_task_cost"].keys() ^ own[0]["metrics"].keys():
         problems.append(f"single_task_cost: expected the tasks that are measured, found a difference in {task}")
     return problems

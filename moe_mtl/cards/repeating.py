@@ -7,9 +7,10 @@ from tempfile import TemporaryDirectory
 
 from ..hub import ModelNotFoundError, zoo, zoo_folder
 from ..naming import nearest
+from . import text_variants, variants
 from .environment import made_as_here
-from .record import BUDGETS, SAME_DIGITS, load_record, tolerance
-from .variants import train, variants
+from .record import BUDGETS, SAME_DIGITS, family, load_record, this_row, tolerance
+from .variants import train
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,12 @@ def _repeat(folder: Path, budget: str, data_path: str | None, progress: bool) ->
     record = load_record(folder)
     rows = {row["model"]: row for row in record["rows"]}
     seeds = [record["shipped_seed"]] if budget == "ci" else record["seeds"]
-    tasks = list(rows["single_task"]["metrics"])
+    text = family(record) != "table"
+    baseline = None if text else rows["shared_bottom"]["recipe"]
+    tasks = list((rows["lora_each"] if "lora_each" in rows else rows.get("single_task", this_row(record)))["metrics"])
     same = made_as_here(record)
     with TemporaryDirectory() as runs:
-        for variant in variants(record["recipe"], rows["shared_bottom"]["recipe"], data_path, tasks):
+        for variant in (text_variants if text else variants).variants(record["recipe"], baseline, data_path, tasks):
             if budget == "ci" and variant.role != "this":
                 continue
             for seed in seeds:

@@ -1,4 +1,7 @@
-"""The models a card compares, trained one seed at a time: the card's own, the shared bottom, and one model per task."""
+"""The models a card compares, trained one seed at a time: the card's own, the shared bottom, and one model per task.
+
+`text_variants` has the same functions for text.
+"""
 
 import dataclasses
 import shutil
@@ -8,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import read_json
-from ..hub import recipes_folder
+from ..hub import CONFIG, WEIGHTS, recipes_folder
 from ..training.recipe import Recipe, RecipeError, find_recipe, load_recipe, recipe_sha256
 from ..training.saved import METRICS
 from .bootstrap import Statistic, auc_statistic, mean_statistic
@@ -58,11 +61,13 @@ class Trained:
         folders: where its models are, by label; one answers all tasks, or each its own.
         metrics: split -> task -> metric -> value.
         wall_s: seconds of training and evaluation.
+        curve: of text, validation over the steps.
     """
 
     folders: dict[str, Path]
     metrics: dict[str, Metrics]
     wall_s: float
+    curve: dict[str, list[float]] | None = None
 
 
 def canonical(recipe: str | Path) -> str:
@@ -77,12 +82,23 @@ def measured_tasks(recipe: Recipe, splits: "DataSplits") -> "list[Task]":
     return [task for task in splits.tasks if recipe.model.tasks is None or task.name in recipe.model.tasks]
 
 
-def variants(recipe: str | Path, baseline: str | Path, data_path: str | None, tasks: list[str]) -> list[Variant]:
+def files(folder: Path) -> tuple[str, ...]:
+    """What a card ships."""
+    return (CONFIG, "preprocessor_config.json", WEIGHTS)
+
+
+def alone(tasks: "list[Task]") -> list[str]:
+    """Tasks that get a model of their own."""
+    return [task.name for task in tasks if task.product_of is None]
+
+
+def variants(recipe: str | Path, baseline: str | Path | None, data_path: str | None, tasks: list[str]) -> list[Variant]:
     """A card's model and its two baselines; the baselines must have the same training budget.
 
     Args:
         recipe: of the card's model.
-        baseline: of a shared bottom on the same data; with one task at a time it is the single-task baseline.
+        baseline: of a shared bottom on the same data, by default `shared_bottom` beside the recipe; with one task at a
+            time it is the single-task baseline.
         data_path: where the rows are, for data sets that are read from a path.
         tasks: that get a single-task model.
 
@@ -90,6 +106,7 @@ def variants(recipe: str | Path, baseline: str | Path, data_path: str | None, ta
         RecipeError: the baseline is no shared bottom, or has other data or another budget.
     """
     overrides = [] if data_path is None else [("data.path", data_path)]
+    baseline = baseline or f"{canonical(recipe).rpartition('/')[0]}/shared_bottom"
     own, shared = load_recipe(recipe, overrides), load_recipe(baseline, overrides)
     if shared.model.type != "shared_bottom":
         raise RecipeError(
@@ -103,10 +120,10 @@ def variants(recipe: str | Path, baseline: str | Path, data_path: str | None, ta
         if getattr(own.train, key) != getattr(shared.train, key):
             raise RecipeError(f"{baseline}: expected the train.{key} of {recipe}, so that both have the same budget")
     names = canonical(recipe), canonical(baseline)
-    alone = {task: dataclasses.replace(shared, model=dataclasses.replace(shared.model, tasks=[task])) for task in tasks}
+    each = {task: dataclasses.replace(shared, model=dataclasses.replace(shared.model, tasks=[task])) for task in tasks}
     return [
         Variant(own.model.type, "this", names[0], own, {"all": own}),
-        Variant("single_task", "baseline", names[1], shared, alone),
+        Variant("single_task", "baseline", names[1], shared, each),
         Variant("shared_bottom", "baseline", names[1], shared, {"all": shared}),
     ]
 
@@ -115,6 +132,7 @@ def train(variant: Variant, seed: int, runs: Path, progress: bool = True) -> Tra
     """Trains a variant under `runs`; a run that is already there, of the same recipe and seed, is not repeated."""
     folders, wall_s = {}, 0.0
     metrics: dict[str, Metrics] = {}
+    curves = []
     for label, recipe in variant.parts.items():
         folder = runs / f"{variant.model}-{label}-{recipe_sha256(recipe)[:12]}-seed{seed}"
         if not (folder / METRICS).exists():
@@ -123,10 +141,21 @@ def train(variant: Variant, seed: int, runs: Path, progress: bool = True) -> Tra
             run_recipe(recipe, folder, seed, progress)
         content = read_json(folder, METRICS)
         folders[label] = folder
+        curves.append(content.get("curve"))
         wall_s += sum(content["seconds"].values())
         for split, by_task in content["metrics"].items():
             metrics.setdefault(split, {}).update(by_task)
-    return Trained(folders, metrics, wall_s)
+    return Trained(folders, metrics, wall_s, mean_curve(curves))
+
+
+def mean_curve(curves: "list[dict[str, list[float]] | None]") -> dict[str, list[float]] | None:
+    """Over models of one task each that were measured at the same steps."""
+    first = curves[0]
+    if first is None or any(one is None or one["step"] != first["step"] for one in curves):
+        return None
+    told = [one for one in curves if one is not None]
+    means = [sum(values) / len(told) for values in zip(*(one["mean_exact_match"] for one in told), strict=True)]
+    return {"step": first["step"], "exact_match": means}
 
 
 def run_recipe(recipe: Recipe, folder: Path, seed: int, progress: bool) -> None:
@@ -153,6 +182,27 @@ def cost(model: "MultiTaskModel", task: str | None = None) -> dict[str, int]:
 
     found = pathway.cost(model, task)
     return {"parameters": found.touched, "multiply_adds": found.multiply_adds}
+
+
+def cost_of(trained: Trained) -> dict[str, int]:
+    """Of all models that it takes to answer every task."""
+    costs = [cost(load_trained(folder)[0]) for folder in trained.folders.values()]
+    return {key: sum(one[key] for one in costs) for key in costs[0]}
+
+
+def task_costs(folder: Path, tasks: "list[Task]") -> dict[str, dict[str, Any]]:
+    """Of each task alone, and which experts it keeps."""
+    model, _ = load_trained(folder)
+    return {task.name: cost(model, task.name) | _experts_of(model, task.name) for task in tasks}
+
+
+def _experts_of(model: Any, task: str) -> dict[str, dict[str, Any]]:
+    """Which experts a task keeps, where the config says that: a gate that chooses may have settled on few, or not."""
+    config = model.extract_task(task).config.to_dict()
+    if "experts_kept" not in config:
+        return {}
+    number, kept = config["num_experts"], config["experts_kept"]
+    return {"experts": {"kept": list(range(number)) if kept is None else kept, "of": number}}
 
 
 @dataclass(frozen=True)

@@ -185,14 +185,14 @@ def test_the_experts_that_a_task_keeps_are_recorded():
         for gate in model.trunk.gates.values():
             gate.bits.fill_(0.0)
         model.trunk.gates["b"].bits.copy_(torch.tensor([[-9.0, 9.0], [9.0, 9.0]]))
-    (undecided,), (settled,) = (making._experts_of(model, task).values() for task in "ab")
+    (undecided,), (settled,) = (variants._experts_of(model, task).values() for task in "ab")
     assert undecided == {"kept": [0, 1, 2, 3], "of": 4}
     assert settled["of"] == 4
     assert len(settled["kept"]) == 2
     dense = model_class("mmoe")
-    assert making._experts_of(dense(dense.config_class(**fields)), "a")["experts"]["kept"] == list(range(8))
+    assert variants._experts_of(dense(dense.config_class(**fields)), "a")["experts"]["kept"] == list(range(8))
     levels = model_class("ple")
-    assert making._experts_of(levels(levels.config_class(**fields)), "a") == {}
+    assert variants._experts_of(levels(levels.config_class(**fields)), "a") == {}
 
 
 def test_a_full_disk_leaves_the_old_card(zoo, runs, monkeypatch):

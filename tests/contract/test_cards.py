@@ -10,15 +10,22 @@ import zoo
 from moe_mtl import hub
 from moe_mtl.cards import check, reproduce
 from moe_mtl.cards.environment import made_as_here
-from moe_mtl.cards.record import load_record, this_row
+from moe_mtl.cards.record import family, load_record, this_row
 from moe_mtl.data import TabularProcessor, load
 from moe_mtl.models import AutoModelForMultiTask, MultiTaskModel
 from moe_mtl.training.run import evaluate
+from moe_mtl.training.saved import recipe_of
+from moe_mtl.training.text_run import encode_split, load_text
+from moe_mtl.tuners import METHODS, extract_task
 
 CARDS = sorted(hub.zoo())
-SHIPPED = sorted({hub.read_config(folder)["model_type"] for folder in hub.zoo().values()})
+TABLES = [name for name in CARDS if family(load_record(hub.zoo()[name])) == "table"]
+TEXT = [name for name in CARDS if name not in TABLES]
+ADAPTERS = [name for name in TEXT if (hub.zoo()[name] / hub.ADAPTER).is_file()]
+SHIPPED = sorted({hub.read_config(hub.zoo()[name])["model_type"] for name in TABLES})
 
 every_card = pytest.mark.parametrize("name", CARDS)
+every_table = pytest.mark.parametrize("name", TABLES)
 
 
 @pytest.fixture
@@ -41,6 +48,8 @@ def rows_of(folder: Path, model: MultiTaskModel) -> dict[str, torch.Tensor]:
 def test_there_are_cards() -> None:
     assert {"mmoe", "ple", "home", "dselect_k"} <= set(SHIPPED)
     assert set(SHIPPED) <= set(zoo.MODEL_TYPES)
+    methods = {str(method).lower() for method in METHODS.values()}
+    assert {load_record(hub.zoo()[name])["model_type"] for name in ADAPTERS} == methods, "a card for every method"
 
 
 @every_card
@@ -52,7 +61,7 @@ def test_the_tables_of_the_zoo_have_no_problem() -> None:
     assert [problem for problem in check() if not problem.startswith(tuple(CARDS))] == []
 
 
-@every_card
+@every_table
 def test_each_task_alone_answers_the_same_bits(name: str) -> None:
     folder = hub.zoo()[name]
     model = AutoModelForMultiTask.from_pretrained(name)
@@ -77,7 +86,7 @@ def test_each_task_keeps_at_most_k_experts(name: str) -> None:
         assert 1 <= len(kept) <= model.config.num_selected
 
 
-@pytest.mark.parametrize("name", [name for name in CARDS if name.endswith("-digits")])
+@pytest.mark.parametrize("name", [name for name in CARDS if name.endswith("-digits") or name in TEXT])
 def test_the_weights_are_those_that_were_measured(name: str) -> None:
     record = load_record(hub.zoo()[name])
     shipped = record["seeds"].index(record["shipped_seed"])
@@ -85,6 +94,26 @@ def test_the_weights_are_those_that_were_measured(name: str) -> None:
     for task, metrics in this_row(record)["metrics"].items():
         for metric, entry in metrics.items():
             assert measured[task][metric] == pytest.approx(entry["values"][shipped], abs=1e-4), (task, metric)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_each_task_alone_is_a_plain_lora_or_says_why_not(name: str) -> None:
+    model, tokenizer, tasks = load_text(hub.zoo()[name])
+    splits = load("word-edits")
+    for task in splits.tasks:
+        examples = [example for example in splits.test if example.task == task][:32]
+        (batch,) = encode_split(recipe_of(hub.zoo()[name]), examples, tokenizer, splits.tasks).batches(32, 0)
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        try:
+            alone = extract_task(model, task if tasks else None)
+        except NotImplementedError as error:
+            assert "depends on the input" in str(error) or "token by token" in str(error)
+            continue
+        with torch.inference_mode():
+            whole = model(**inputs, tasks=[task] * 32).logits
+            torch.testing.assert_close(alone(**inputs).logits, whole, rtol=1e-4, atol=1e-4)
+            merged = alone.merge_and_unload()
+            torch.testing.assert_close(merged(**inputs).logits, whole, rtol=1e-3, atol=1e-3)
 
 
 def test_a_record_comes_again(one_thread: None) -> None:
