@@ -1,0 +1,55 @@
+"""Small base models, and adapters of every registered method on them.
+
+Nothing here names a method: a new file in `moe_mtl/tuners` is found among `METHODS` and gets all common tests.
+"""
+
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from moe_mtl.tuners import METHODS, RankConfig
+from moe_mtl.tuners._balance import BalancedConfig
+
+TASKS = ["sql", "chat", "code"]
+CONFIGS = sorted(METHODS, key=lambda config: config.__name__)
+BY_TASK = [config for config in CONFIGS if config.adapter_class.by_task]
+MERGEABLE = [config for config in CONFIGS if not config.adapter_class.depends_on_input]
+
+
+def config_of(config_class: type[RankConfig], **options: Any) -> RankConfig:
+    tasks = {"tasks": TASKS} if config_class.adapter_class.by_task else {}
+    selected = {"num_selected": 2} if issubclass(config_class, BalancedConfig) else {}
+    return config_class(**({"r": 4, "alpha": 8.0, "init_weights": False} | tasks | selected | options))
+
+
+def llama(**options: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=40,
+        tie_word_embeddings=False,
+        **options,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def adapted(config_class: type[RankConfig], **options: Any) -> PeftModel:
+    config = config_of(config_class, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", **options)
+    base = llama()
+    torch.manual_seed(1)
+    return get_peft_model(base, config).eval()
+
+
+def batch(samples: int = 3) -> dict[str, Tensor]:
+    ids = torch.randint(0, 40, (samples, 5), generator=torch.Generator().manual_seed(2))
+    return {"input_ids": ids, "labels": ids}
+
+
+def tasks_for(config_class: type[RankConfig], tasks: list[str]) -> dict[str, Any]:
+    return {"tasks": tasks} if config_class.adapter_class.by_task else {}
