@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from tuner_zoo import CONFIGS, TASKS, adapted, batch, config_of, llama, tasks_for
+from tuner_zoo import CONFIGS, PREFERENCES, TASKS, adapted, batch, config_of, llama, tasks_for
 
 from moe_mtl.tuners import METHODS, RankConfig
 from moe_mtl.tuners._base import RankLayer
@@ -55,6 +55,18 @@ def lori(p: dict[str, Tensor], c: Any, x_D: Tensor, task: int) -> Tensor:
     return b_OR @ p["a_RD"] @ x_D
 
 
+def mtlora(p: dict[str, Tensor], c: Any, x_D: Tensor, task: int) -> Tensor:
+    shared = p["b_OP"] @ p["a_RD"] @ x_D if c.shared_in_tasks else 0.0
+    task_scale = 3.0 / {"alpha/r": 2, "alpha/sqrt(r)": 2**0.5, "alpha": 1}[c.scaling]
+    return shared + task_scale / c.scale * p["b_TOR"][task] @ p["a_TRD"][task] @ x_D
+
+
+def palora(p: dict[str, Tensor], c: Any, x_D: Tensor, task: int) -> Tensor:
+    lambda_T = PREFERENCES[TASKS[task]]
+    pairs = zip(p["a_RD"].split(c.r), p["b_OP"].split(c.r, dim=1), strict=True)
+    return sum(weight * b_OR @ a_RD @ x_D for weight, (a_RD, b_OR) in zip(lambda_T, pairs, strict=True))
+
+
 EQUATIONS: dict[str, Callable[..., Tensor]] = {
     "MTL_LORA": mtl_lora,
     "HYDRA_LORA": hydra_lora,
@@ -62,6 +74,8 @@ EQUATIONS: dict[str, Callable[..., Tensor]] = {
     "SMORA": smora,
     "FLYLORA": flylora,
     "LORI": lori,
+    "MTLORA": mtlora,
+    "PALORA": palora,
 }
 
 
@@ -69,11 +83,19 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"diagonal": True},
     {"masked": True},
+    {"task_rank": 2, "task_alpha": 3.0},
+    {"task_rank": 2, "task_alpha": 3.0, "shared_in_tasks": False},
     {"scores": "softmax", "renormalise": True},
 ]
 
 
-CASES = [(c, options) for c in CONFIGS for options in OPTIONS if all(hasattr(c, name) for name in options)]
+# Where there is no default that an equation could be written for, the options come first.
+CASES = [
+    (c, options)
+    for c in CONFIGS
+    for options in OPTIONS
+    if all(hasattr(c, name) for name in options) and (options or not hasattr(c, "task_rank"))
+]
 
 
 @pytest.mark.parametrize(("config_class", "options"), CASES)
@@ -93,7 +115,8 @@ def test_equation(config_class: type[RankConfig], scaling: str, options: dict[st
             elif tensor.is_floating_point():
                 tensor.copy_(torch.randn_like(tensor))
     x_BLD = torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True)
-    with layer.current_tasks.set(["code", "sql", "code"]):
+    preference = torch.tensor([PREFERENCES[task] for task in ("code", "sql", "code")], dtype=torch.float64)
+    with layer.current_tasks.set(["code", "sql", "code"], preference):
         layer.current_tasks.enter(layer, (x_BLD,), {})
         found = layer(x_BLD)
     parameters, buffers = dict(adapter.named_parameters()), dict(adapter.named_buffers())
@@ -117,22 +140,33 @@ def test_every_method_has_its_equation() -> None:
     assert set(EQUATIONS) == {str(name) for name in METHODS.values()}
 
 
-@pytest.mark.parametrize("one", [("MOE_LORA", "num_experts"), ("HYDRA_LORA", "num_up_projections")])
-def test_one_expert_is_lora_bit_for_bit(one: tuple[str, str]) -> None:
-    config_class = next(config for config, name in METHODS.items() if name == one[0])
-    ours = adapted(config_class, **{one[1]: 1})
-    lora = get_peft_model(
-        llama(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
-    ).eval()
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("MOE_LORA", {"num_experts": 1}),
+        ("HYDRA_LORA", {"num_up_projections": 1}),
+        ("PALORA", {"tasks": ["sql"]}),
+        ("MTLORA", {"scaling": "alpha/r", "task_modules": ["layers.1.mlp.down_proj"]}),
+        ("MTLORA", {"scaling": "alpha/r", "tasks": ["sql"], "task_rank": 4, "shared_in_tasks": False}),
+    ],
+)
+def test_one_expert_is_lora_bit_for_bit(name: str, options: dict[str, Any]) -> None:
+    config_class = next(config for config, method in METHODS.items() if method == name)
+    ours = adapted(config_class, **options)
+    targets = ["q_proj", "v_proj", "down_proj"]
+    lora = get_peft_model(llama(), LoraConfig(r=4, lora_alpha=8, target_modules=targets)).eval()
     layers = dict(lora.named_modules())
-    for name, layer in ours.named_modules():
+    for key, layer in ours.named_modules():
         if isinstance(layer, RankLayer):
             adapter: Any = layer.moe_adapters["default"]
-            layers[name].lora_A["default"].weight.data = adapter.a_RD.data
-            layers[name].lora_B["default"].weight.data = adapter.b_OP.data
+            if getattr(adapter, "has_pairs", False) and adapter.has_shared:
+                adapter.b_TOR.data.zero_()  # of the one layer that has them
+            pair = (adapter.a_RD, adapter.b_OP) if hasattr(adapter, "b_OP") else (adapter.a_TRD[0], adapter.b_TOR[0])
+            for side, tensor in zip(("lora_A", "lora_B"), pair, strict=True):
+                getattr(layers[key], side)["default"].weight.data = tensor.data
+    told = {"preference": [1.0]} if config_class.adapter_class.by_preference else tasks_for(config_class, ["sql"] * 3)
     with torch.no_grad():
-        found = ours(**batch(), **tasks_for(config_class, ["sql"] * 3)).logits
-        assert torch.equal(found, lora(**batch()).logits)
+        assert torch.equal(ours(**batch(), **told).logits, lora(**batch()).logits)
 
 
 @pytest.mark.parametrize("config_class", CONFIGS)

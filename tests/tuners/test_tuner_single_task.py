@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tuner_zoo import BY_TASK, CONFIGS, MERGEABLE, TASKS, adapted, batch, config_of, llama, tasks_for
+from tuner_zoo import BY_TASK, CONFIGS, MERGEABLE, TASKS, adapted, batch, choose, config_of, llama, one_task, tasks_for
 
 from moe_mtl.tuners import RankConfig, extract_task
 
@@ -18,20 +18,27 @@ def test_merged_weights_answer_for_one_task(config_class: type[RankConfig]) -> N
     model = adapted(config_class)
     ids = batch()["input_ids"]
     expected = model(input_ids=ids, **tasks_for(config_class, ["chat"] * 3)).logits
-    if config_class.adapter_class.by_task:
-        with pytest.raises(ValueError, match="choose it with set_task"):
+    asks = config_class.adapter_class.by_task or config_class.adapter_class.by_preference
+    if asks:
+        with pytest.raises(ValueError, match="to merge; choose"):
             model.merge_adapter()
-        model.set_task("chat")
+        choose(model, config_class, "chat")
     model.merge_adapter()
     torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
-    if config_class.adapter_class.by_task:
-        with pytest.raises(ValueError, match="expected 'chat', which is merged"):
-            model(input_ids=ids, tasks="sql")
-        model.set_task(None)
+    if asks:
+        with pytest.raises(ValueError, match=r"expected .*chat.*, which is merged"):
+            model(input_ids=ids, **tasks_for(config_class, ["sql"] * 3))
+        choose(model, config_class, None)
     with model.disable_adapter():  # which takes it out of the weights
         torch.testing.assert_close(model(input_ids=ids).logits, llama()(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
     found = model(input_ids=ids, **tasks_for(config_class, ["chat"] * 3)).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    choose(model, config_class, "chat")
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+    if asks:
+        with pytest.raises(ValueError, match=r"expected .*chat.*, which is merged"):
+            merged(input_ids=ids, **tasks_for(config_class, ["sql"] * 3))
 
 
 @pytest.mark.parametrize("config_class", sorted(set(CONFIGS) - set(MERGEABLE), key=lambda c: c.__name__))
@@ -50,7 +57,7 @@ def test_extracted_task_is_a_lora_of_peft(config_class: type[RankConfig], tmp_pa
     model = adapted(config_class)
     ids = batch()["input_ids"]
     for task in TASKS:
-        lora = extract_task(model, task if config_class.adapter_class.by_task else None)
+        lora = extract_task(model, **one_task(config_class, task))
         expected = model(input_ids=ids, **tasks_for(config_class, [task] * 3)).logits
         torch.testing.assert_close(lora(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
     assert lora.get_base_model().lm_head.weight is model.get_base_model().lm_head.weight

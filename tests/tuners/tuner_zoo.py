@@ -16,11 +16,13 @@ from moe_mtl.tuners._balance import BalancedConfig
 TASKS = ["sql", "chat", "code"]
 CONFIGS = sorted(METHODS, key=lambda config: config.__name__)
 BY_TASK = [config for config in CONFIGS if config.adapter_class.by_task]
+PREFERENCES = {"sql": [0.7, 0.1, 0.2], "chat": [0.0, 0.5, 0.5], "code": [0.25, 0.25, 0.5]}
 MERGEABLE = [config for config in CONFIGS if not config.adapter_class.depends_on_input]
 
 
 def config_of(config_class: type[RankConfig], **options: Any) -> RankConfig:
-    tasks = {"tasks": TASKS} if config_class.adapter_class.by_task else {}
+    adapter = config_class.adapter_class
+    tasks = {"tasks": TASKS} if adapter.by_task or adapter.by_preference else {}
     selected = {"num_selected": 2} if issubclass(config_class, BalancedConfig) else {}
     return config_class(**({"r": 4, "alpha": 8.0, "init_weights": False} | tasks | selected | options))
 
@@ -52,4 +54,22 @@ def batch(samples: int = 3) -> dict[str, Tensor]:
 
 
 def tasks_for(config_class: type[RankConfig], tasks: list[str]) -> dict[str, Any]:
+    """What a call of a method takes, one per sample; a preference each for methods that take those."""
+    if config_class.adapter_class.by_preference:
+        return {"preference": torch.tensor([PREFERENCES[task] for task in tasks])}
     return {"tasks": tasks} if config_class.adapter_class.by_task else {}
+
+
+def one_task(config_class: type[RankConfig], task: str) -> dict[str, Any]:
+    """What `extract_task` takes."""
+    if config_class.adapter_class.by_preference:
+        return {"preference": PREFERENCES[task]}
+    return {"task": task} if config_class.adapter_class.by_task else {}
+
+
+def choose(model: PeftModel, config_class: type[RankConfig], task: str | None) -> None:
+    """For all calls that say nothing; None takes it back."""
+    if config_class.adapter_class.by_preference:
+        model.set_preference(None if task is None else PREFERENCES[task])
+    elif config_class.adapter_class.by_task:
+        model.set_task(task)
