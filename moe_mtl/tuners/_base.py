@@ -100,6 +100,10 @@ class RankConfig(PeftConfig):
         """What wraps a target; None for one that cannot be."""
         return RankLayer if isinstance(base, (nn.Linear, Conv1D)) or hasattr(base, "in_features") else None
 
+    def default_targets(self, model: nn.Module, targets: set[str]) -> set[str]:
+        """What is adapted where no targets are named, of which PEFT's LoRA would take these."""
+        return targets
+
     def for_layer(self, name: str) -> "RankConfig":
         """The config as the layer of that name has it."""
         return self
@@ -347,6 +351,15 @@ class RankTuner(BaseTuner):
         self.current_tasks = next(found, None) or CurrentTasks()
         if not any(hook == self.current_tasks.enter for hook in model._forward_pre_hooks.values()):
             model.register_forward_pre_hook(self.current_tasks.enter, with_kwargs=True)
+            model.register_forward_pre_hook(self.current_tasks.losses.enter)
+            model.register_forward_hook(self.current_tasks.losses.leave)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PeftConfig:
+        named = peft_config.target_modules is not None
+        prepared: Any = super()._prepare_adapter_config(peft_config, model_config)
+        if not named and isinstance(prepared.target_modules, set):
+            prepared.target_modules = prepared.default_targets(self.model, prepared.target_modules)
+        return prepared
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         names = [name for name, _ in model.named_modules() if name]
@@ -385,6 +398,12 @@ class RankTuner(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, RankLayer) and child.get_base_layer() is new_module:
+            setattr(parent, child_name, new_module)  # PEFT hands over a weight, which a block has not
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
@@ -501,9 +520,11 @@ class RankTuner(BaseTuner):
 
 def remove_hooks(model: nn.Module, current_tasks: CurrentTasks) -> None:
     """Lets a model be called as before it had adapters."""
-    hooks: Any = model._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if hook == current_tasks.enter]:
-        del hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    ours = (current_tasks.enter, current_tasks.losses.enter, current_tasks.losses.leave)
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook in ours]:
+            del hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 class _Method(str):

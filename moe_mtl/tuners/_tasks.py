@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..naming import nearest
+from ._losses import AddedLosses
 
 Tasks = str | Sequence[str] | Tensor
 Preference = Mapping[str, float] | Sequence[float] | Tensor
@@ -43,6 +44,7 @@ class CurrentTasks:
         always: the task, or the tasks, of calls that name none.
         always_preference: the preference of calls that bring none.
         takes_preference: whether an adapter asks for one; else the keyword is the base model's.
+        losses: what its layers add to the model's.
         merged: per kind, what those adapters were for that were merged into the weights of a model which has no
             adapter layers any more.
     """
@@ -51,6 +53,7 @@ class CurrentTasks:
         self.always: Tasks | None = None
         self.always_preference: Preference | None = None
         self.takes_preference = False
+        self.losses = AddedLosses()
         self.merged: set[Told] = set()
         # By device, as the replicas of a data-parallel model run side by side and each has its own share of the batch.
         self._of_call: dict[torch.device | None, Call] = {}

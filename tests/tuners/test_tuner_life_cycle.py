@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
-from tuner_zoo import BY_TASK, CONFIGS, TASKS, adapted, batch, config_of, llama, tasks_for
+from tuner_zoo import BY_TASK, CONFIGS, TASKS, adapted, batch, config_of, llama, targets_of, tasks_for
 
 from moe_mtl.tuners import METHODS, RankConfig, load_adapter
 from moe_mtl.tuners._base import RankLayer
@@ -64,7 +64,7 @@ def test_two_adapters_and_none(config_class: type[RankConfig]) -> None:
 
 @pytest.mark.parametrize("config_class", CONFIGS)
 def test_a_bfloat16_base(config_class: type[RankConfig]) -> None:
-    config = config_of(config_class, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    config = config_of(config_class, target_modules=targets_of(config_class), task_type="CAUSAL_LM")
     model = get_peft_model(llama().bfloat16(), config).train()
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     out = model(**batch(), **tasks_for(config_class, TASKS))
@@ -73,10 +73,22 @@ def test_a_bfloat16_base(config_class: type[RankConfig]) -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_autocast(config_class: type[RankConfig]) -> None:
+    model = adapted(config_class).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(**batch(), **tasks_for(config_class, TASKS))
+    out.loss.backward()
+    torch.testing.assert_close(
+        out.logits.float(), model(**batch(), **tasks_for(config_class, TASKS)).logits, rtol=0.1, atol=0.02
+    )
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_what_is_frozen_stays_float32_on_a_bfloat16_base(low_cpu_mem_usage: bool, tmp_path: Path) -> None:
     for config_class in CONFIGS:
-        config = config_of(config_class, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        config = config_of(config_class, target_modules=targets_of(config_class), task_type="CAUSAL_LM")
         model = get_peft_model(llama().bfloat16(), config).eval()
         model.save_pretrained(tmp_path / config.peft_type)
         loaded = PeftModel.from_pretrained(

@@ -124,6 +124,12 @@ def test_merged_adapters_are_not_extracted_and_belong_to_one_task() -> None:
     assert not torch.equal(again(**batch(), tasks="chat").logits, again(**batch(), tasks="code").logits)
 
 
+def test_a_merge_while_several_tasks_are_set() -> None:
+    model = adapted(BY_TASK[0])
+    with model.base_model.tasks(TASKS), pytest.raises(ValueError, match="to merge; choose it with set_task"):
+        model.merge_adapter()
+
+
 def test_extract_of_an_unknown_task_or_adapter() -> None:
     model = adapted(BY_TASK[0])
     with pytest.raises(ValueError, match="did you mean 'chat'"):

@@ -24,7 +24,8 @@ def config_of(config_class: type[RankConfig], **options: Any) -> RankConfig:
     adapter = config_class.adapter_class
     tasks = {"tasks": TASKS} if adapter.by_task or adapter.by_preference else {}
     selected = {"num_selected": 2} if issubclass(config_class, BalancedConfig) else {}
-    return config_class(**({"r": 4, "alpha": 8.0, "init_weights": False} | tasks | selected | options))
+    experts = {"num_experts": 3} if hasattr(config_class, "num_experts") else {}
+    return config_class(**({"r": 4, "alpha": 8.0, "init_weights": False} | tasks | selected | experts | options))
 
 
 def llama(**options: Any) -> LlamaForCausalLM:
@@ -41,8 +42,16 @@ def llama(**options: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+def targets_of(config_class: type[RankConfig]) -> list[str]:
+    """Of two kinds at least; a feed-forward block for a method that takes those."""
+    takes_blocks = config_class.layer_class is not RankConfig.layer_class
+    return ["q_proj", "v_proj", "mlp" if takes_blocks else "down_proj"]
+
+
 def adapted(config_class: type[RankConfig], **options: Any) -> PeftModel:
-    config = config_of(config_class, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", **options)
+    config = config_of(
+        config_class, **({"target_modules": targets_of(config_class), "task_type": "CAUSAL_LM"} | options)
+    )
     base = llama()
     torch.manual_seed(1)
     return get_peft_model(base, config).eval()
