@@ -57,6 +57,11 @@ class BalancedAdapter(RankAdapter):
         counts_P = self.counts_P if self.training else None
         return {"num_selected": self.config.num_selected, "bias_P": self.bias_P, "counts_P": counts_P}
 
+    def num_active(self) -> int:
+        ranks, chosen = self.config.r, self.config.num_selected
+        by_rank = [t for name, t in self.named_parameters() if name in ("a_RD", "b_OP")]
+        return self.num_trained() - sum(t.numel() // ranks * (ranks - chosen) for t in by_rank)
+
     @torch.no_grad()
     def update_balance(self) -> None:
         """One step of the bias; over all processes, where there are several."""

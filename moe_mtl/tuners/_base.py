@@ -157,6 +157,14 @@ class RankAdapter(nn.Module):
     def update_balance(self) -> None:
         """Once per optimiser step, of methods that balance something."""
 
+    def num_trained(self) -> int:
+        """Parameters that training moves."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def num_active(self) -> int:
+        """Of these, the ones that one token of one task is multiplied with."""
+        return self.num_trained()
+
     def forward(self, x: Tensor, base: Tensor, told: Tensor | None) -> Tensor:
         """`base` with the adapter's output added, `[..., O]`."""
         x_ND, base_NO = x.to(base.dtype).flatten(0, -2), base.flatten(0, -2)

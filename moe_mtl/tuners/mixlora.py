@@ -122,6 +122,10 @@ class MixLora(RankAdapter):
         loss = experts * (used_E * logits_NE.softmax(-1).mean(0)).sum() if len(x_ND) else logits_NE.sum()
         return y_ND.view(*x.shape[:-1], y_ND.shape[-1]), loss
 
+    def num_active(self) -> int:
+        of_experts = self.num_trained() - self.router_ED.numel()
+        return self.router_ED.numel() + of_experts // len(self.router_ED) * self.config.num_selected
+
     def _of(self, pattern: str, name: str, like: Tensor) -> Tensor:
         return self.get_parameter(pattern.format(name)).to(like.dtype)
 

@@ -42,6 +42,9 @@ class MoELora(RankAdapter):
         gates_BP = self.gates().index_select(0, tasks_B)
         return {"gate_NP": gates_BP.repeat_interleave(len(x_ND) // max(1, len(tasks_B)), dim=0)}
 
+    def num_active(self) -> int:
+        return self.num_trained() - self.embedding_TV.numel() + self.config.embedding_dim
+
     def as_lora(self, task: int | None) -> tuple[Tensor, Tensor]:
         assert task is not None
         return at_least_float32(self.a_RD), self.b_OP * self.gates()[task]

@@ -41,6 +41,10 @@ class MTLLora(RankAdapter):
     def options(self, x_ND: Tensor, tasks_B: Tensor | None) -> dict[str, Any]:
         return {"mix_TPR": self.mix(), "tasks_G": tasks_B}
 
+    def num_active(self) -> int:
+        of_tasks = self.lambda_T.numel() + self.logits_TU.numel()
+        return self.num_trained() - of_tasks + of_tasks // len(self.lambda_T)
+
     def as_lora(self, task: int | None) -> tuple[Tensor, Tensor]:
         assert task is not None
         weights_U = (at_least_float32(self.logits_TU[task]) / self.config.temperature).softmax(-1)

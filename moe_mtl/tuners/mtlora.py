@@ -53,6 +53,10 @@ class MTLoRA(RankAdapter):
         scale_N1 = torch.full_like(h_N1R[..., 0], self.config.task_scale)
         return base_NO + expert_combine(h_N1R, self.b_TOR.to(h_N1R.dtype), plan, scale_N1)
 
+    def num_active(self) -> int:
+        of_tasks = self.a_TRD.numel() + self.b_TOR.numel() if self.has_pairs else 0
+        return self.num_trained() - of_tasks + of_tasks // len(self.config.tasks)
+
     def as_lora(self, told: Any) -> tuple[Tensor, Tensor]:
         pairs = [(self.a_RD, self.b_OP)] if self.has_shared else []
         if self.has_pairs:
