@@ -34,6 +34,7 @@ from ..ops.ranks import rank_experts
 from ._tasks import CurrentTasks, Preference, Tasks, Told, number, weights_of
 
 SCALINGS: dict[str, Callable[[int], float]] = {"alpha/r": float, "alpha/sqrt(r)": math.sqrt, "alpha": lambda r: 1.0}
+EXACT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of weights that are not quantised
 
 
 @dataclass
@@ -231,6 +232,11 @@ class RankLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> Any:
+        """An adapter on a quantised layer keeps its own dtype: it would be rounded to eight bits."""
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        return device, dtype if dtype in EXACT_DTYPES else None
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Frozen tensors keep their dtype: rounded to the base's they would never be exact again."""
         adapter = self.adapter(adapter_name)
@@ -335,8 +341,13 @@ class RankLayer(nn.Module, BaseTunerLayer):
 
     def _weight(self) -> nn.Parameter:
         base: Any = self.get_base_layer()
-        if not isinstance(base, (nn.Linear, Conv1D)) or not base.weight.is_floating_point():
-            raise NotImplementedError(f"expected a weight of floats to merge into, found {type(base).__name__}")
+        if not isinstance(base, (nn.Linear, Conv1D)) or base.weight.dtype not in EXACT_DTYPES:
+            weight = getattr(base, "weight", None)
+            dtype = f" of {weight.dtype}" if isinstance(weight, Tensor) else ""
+            raise NotImplementedError(
+                f"expected a weight of floats to merge into, found {type(base).__name__}{dtype}, whose sum with an "
+                "adapter would be rounded; extract_task makes a LoRA beside it"
+            )
         return cast(nn.Parameter, base.weight)
 
 

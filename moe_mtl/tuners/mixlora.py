@@ -24,7 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import expert_combine, expert_linear, make_plan, route
-from ._base import RankAdapter, RankConfig, RankLayer, at_least_float32, down_projection, register, up_projection
+from ._base import (
+    EXACT_DTYPES,
+    RankAdapter,
+    RankConfig,
+    RankLayer,
+    at_least_float32,
+    down_projection,
+    register,
+    up_projection,
+)
 
 WHY_NOT_MERGED = "a router chooses its experts token by token"
 # The parts of feed-forward blocks, by name: gate (or none), up, down, activation. They must be all that a block holds.
@@ -148,7 +157,7 @@ class MixLayer(RankLayer):
         """Its own forward must be the one that its parts are known for: there are blocks that do more."""
         if weight.is_meta or not weight.numel():
             return
-        dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+        dtype = weight.dtype if weight.dtype in EXACT_DTYPES else torch.get_default_dtype()
         x_1D = torch.linspace(-1, 1, self.in_features, device=weight.device).to(dtype).unsqueeze(0)
         expected = block.down(block.hidden([linear(x_1D) for linear in block.first]))
         if not torch.allclose(self.base_layer(x_1D), expected, rtol=1e-2, atol=1e-4, equal_nan=True):

@@ -30,15 +30,8 @@ def config_of(config_class: type[RankConfig], **options: Any) -> RankConfig:
 
 def llama(**options: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=40,
-        tie_word_embeddings=False,
-        **options,
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(**(sizes | {"vocab_size": 40, "tie_word_embeddings": False} | options))
     return LlamaForCausalLM(config).eval()
 
 
