@@ -31,7 +31,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..ops.ranks import rank_experts
+from ..outputs import Routing
 from ._tasks import CurrentTasks, Preference, Tasks, Told, number, weights_of
+
+Record = Callable[[dict[str, Tensor], tuple[str, ...]], None]  # per gate the weights; and what it weighs
 
 SCALINGS: dict[str, Callable[[int], float]] = {"alpha/r": float, "alpha/sqrt(r)": math.sqrt, "alpha": lambda r: 1.0}
 EXACT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of weights that are not quantised
@@ -124,11 +127,13 @@ class RankAdapter(nn.Module):
         by_task: whether it tells tasks apart.
         by_preference: whether it mixes tasks by weights that the call brings.
         depends_on_input: why it cannot be merged, None where it can.
+        expert: what its gate weighs, if it has one.
     """
 
     by_task: ClassVar[bool] = False
     by_preference: ClassVar[bool] = False
     depends_on_input: ClassVar[str | None] = None
+    expert: ClassVar[str] = "expert"
 
     def __init__(self, in_features: int, out_features: int, config: Any):
         super().__init__()
@@ -137,8 +142,29 @@ class RankAdapter(nn.Module):
         self.b_OP: Tensor
 
     def options(self, x_ND: Tensor, told: Tensor | None) -> dict[str, Any]:
-        """What `rank_experts` is to do between the projections; told is each sample's task `[B]`, or preference."""
+        """What `rank_experts` is to do between the projections; told is each sample's task `[B]`, or preference.
+
+        `weights`, which is for records alone, are those of experts: per token `[N, E]`, or per task `[T, E]`.
+        """
         return {}
+
+    def used(self, weights: Tensor | None, told: Tensor | None, chosen: Tensor | None) -> dict[str, Tensor]:
+        """Per gate the weights of experts; of a task's gate one row, for the tasks of the call."""
+        if weights is None:
+            return {}
+        if told is None or not self.by_task:
+            return {"tokens": weights}
+        return {self.config.tasks[task]: weights[task : task + 1] for task in sorted(set(told.tolist()))}
+
+    def names_of_experts(self, number: int) -> tuple[str, ...]:
+        """In the order of the weights."""
+        return tuple(f"{self.expert} {n}" for n in range(number))
+
+    def record(self, record: Record, used: dict[str, Tensor]) -> None:
+        """Hands out what `used` found."""
+        if used:
+            found = {gate: weights.detach() for gate, weights in used.items()}
+            record(found, self.names_of_experts(next(iter(found.values())).shape[-1]))
 
     def up(self) -> Tensor:
         """`[O, P]`."""
@@ -166,13 +192,20 @@ class RankAdapter(nn.Module):
         """Of these, the ones that one token of one task is multiplied with."""
         return self.num_trained()
 
-    def forward(self, x: Tensor, base: Tensor, told: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, base: Tensor, told: Tensor | None, record: Record | None = None) -> Tensor:
         """`base` with the adapter's output added, `[..., O]`."""
         x_ND, base_NO = x.to(base.dtype).flatten(0, -2), base.flatten(0, -2)
         options = self.options(x_ND, told)
+        weights = options.pop("weights", None)
+        if record is not None and "num_selected" in options:
+            options["chosen"] = []
         if self.config.dropout and self.training:
             x_ND = nn.functional.dropout(x_ND, self.config.dropout)
-        return self.add(x_ND, base_NO, told, options).view_as(base)
+        y_NO = self.add(x_ND, base_NO, told, options)
+        if record is not None:
+            with torch.no_grad():  # a graph would keep tensors, which checkpointing counts
+                self.record(record, self.used(weights, told, *options.get("chosen", [None])))
+        return y_NO.view_as(base)
 
     def add(self, x_ND: Tensor, base_NO: Tensor, told: Tensor | None, options: dict[str, Any]) -> Tensor:
         """What of `forward` is between reshaping: `[N, O]`."""
@@ -259,8 +292,18 @@ class RankLayer(nn.Module, BaseTunerLayer):
         for name in self.active_adapters:
             if name in self.moe_adapters:
                 adapter = self.adapter(name)
-                result = adapter(x, result, self._told(adapter, x))
+                result = adapter(x, result, self._told(adapter, x), self._record())
         return result
+
+    def _record(self) -> Record | None:
+        records = self.current_tasks.records
+        if records is None or torch._C._current_graph_task_id() != -1:  # runs again, in a backward
+            return None
+
+        def record(weights: dict[str, Tensor], names: tuple[str, ...]) -> None:
+            records.append(Routing(self.name, weights, dict.fromkeys(weights, names)))
+
+        return record
 
     def _told(self, adapter: RankAdapter, x: Tensor) -> Tensor | None:
         if adapter.by_task:
@@ -494,6 +537,23 @@ class RankTuner(BaseTuner):
         """The tasks of the calls inside, one per sample."""
         with self.current_tasks.set(tasks):
             yield
+
+    @contextlib.contextmanager
+    def record_routing(self) -> Iterator[list[Routing]]:
+        """Records of the calls inside: one per layer with a gate, or a choice, and call.
+
+        with model.base_model.record_routing() as records:
+            model(**batch)
+        records[0].utilisation()
+
+        The gate `tokens` has a row per token, in the order of the batch; `preference` a row per sample; a task's gate
+        one row. Rows sum to 1: of chosen ranks, their weights are divided by the sum. Nothing is computed again.
+        """
+        before, self.current_tasks.records = self.current_tasks.records, []
+        try:
+            yield self.current_tasks.records
+        finally:
+            self.current_tasks.records = before
 
     def generate(
         self, *args: Any, tasks: Tasks | None = None, preference: Preference | None = None, **kwargs: Any

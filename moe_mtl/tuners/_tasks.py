@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..naming import nearest
+from ..outputs import Routing
 from ._losses import AddedLosses
 
 Tasks = str | Sequence[str] | Tensor
@@ -44,6 +45,7 @@ class CurrentTasks:
         always: the task, or the tasks, of calls that name none.
         always_preference: the preference of calls that bring none.
         takes_preference: whether an adapter asks for one; else the keyword is the base model's.
+        records: where its layers leave who used which expert; None asks for nothing.
         losses: what its layers add to the model's.
         merged: per kind, what those adapters were for that were merged into the weights of a model which has no
             adapter layers any more.
@@ -54,6 +56,7 @@ class CurrentTasks:
         self.always_preference: Preference | None = None
         self.takes_preference = False
         self.losses = AddedLosses()
+        self.records: list[Routing] | None = None
         self.merged: set[Told] = set()
         # By device, as the replicas of a data-parallel model run side by side and each has its own share of the batch.
         self._of_call: dict[torch.device | None, Call] = {}

@@ -11,6 +11,7 @@ Shapes: `D` width, `R` ranks, `O` output width.
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -37,7 +38,7 @@ class LoRI(RankAdapter):
     def num_trained(self) -> int:
         return int(self.mask_OR.sum()) if hasattr(self, "mask_OR") else super().num_trained()
 
-    def as_lora(self, task: int | None) -> tuple[Tensor, Tensor]:
+    def as_lora(self, told: Any) -> tuple[Tensor, Tensor]:
         return at_least_float32(self.a_RD), at_least_float32(self.up())
 
 

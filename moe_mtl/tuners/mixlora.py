@@ -29,6 +29,7 @@ from ._base import (
     RankAdapter,
     RankConfig,
     RankLayer,
+    Record,
     at_least_float32,
     down_projection,
     register,
@@ -101,13 +102,15 @@ class MixLora(RankAdapter):
             self.register_parameter(f"a_{name}_ERD", nn.Parameter(a_PD.unflatten(0, (config.num_experts, -1))))
             self.register_parameter(f"b_{name}_EOR", nn.Parameter(b_QR.unflatten(0, (config.num_experts, -1))))
 
-    def of_block(self, x: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    def of_block(self, x: Tensor, block: Block, record: Record | None = None) -> tuple[Tensor, Tensor]:
         """The output, `[..., D]`, and the loss that evens out the experts' use."""
         x_ND = x.flatten(0, -2)
         first = [linear(x_ND) for linear in block.first]
         x_ND = x_ND.to(first[0].dtype)
         logits_NE = at_least_float32(nn.functional.linear(x_ND, self.router_ED.to(x_ND.dtype)))
         indices_NK, weights_NK = route(logits_NE, self.config.num_selected, renormalise=True)
+        if record is not None:
+            self.record(record, {"tokens": torch.zeros_like(logits_NE).scatter(1, indices_NK, weights_NK.detach())})
         experts = len(self.router_ED)
         plan = make_plan(indices_NK, experts)
         copies = make_plan(indices_NK.flatten().unsqueeze(1), experts)
@@ -183,7 +186,7 @@ class MixLayer(RankLayer):
         if len(names) > 1:
             raise ValueError(f"adapters: expected one active in a feed-forward block, found {', '.join(names)}")
         adapter = cast(MixLora, self.adapter(names[0]))
-        y, loss = adapter.of_block(x, self._block())
+        y, loss = adapter.of_block(x, self._block(), self._record())
         if self.training and adapter.config.balance_coef:
             y = self.current_tasks.losses.add(adapter.config.balance_coef * loss, y)
         return y

@@ -36,7 +36,14 @@ class PaLoRA(RankAdapter):
     def options(self, x_ND: Tensor, told: Tensor | None) -> dict[str, Any]:
         assert told is not None
         gate_BP = told.to(torch.promote_types(x_ND.dtype, torch.float32)).repeat_interleave(self.config.r, dim=1)
-        return {"gate_NP": gate_BP.repeat_interleave(len(x_ND) // max(1, len(told)), dim=0)}
+        return {"gate_NP": gate_BP.repeat_interleave(len(x_ND) // max(1, len(told)), dim=0), "weights": told}
+
+    def used(self, weights: Tensor | None, told: Tensor | None, chosen: Tensor | None) -> dict[str, Tensor]:
+        assert weights is not None
+        return {"preference": weights}
+
+    def names_of_experts(self, number: int) -> tuple[str, ...]:
+        return tuple(self.config.tasks)
 
     def as_lora(self, told: Any) -> tuple[Tensor, Tensor]:
         weights_P = told.to(self.b_OP.device).repeat_interleave(self.config.r)
