@@ -40,6 +40,7 @@ def rank_experts(
     mix_TPR: Tensor | None = None,
     tasks_G: Tensor | None = None,
     counts_P: Tensor | None = None,
+    chosen: list[Tensor] | None = None,
     backend: RankBackend | None = None,
 ) -> Tensor:
     """Adds a gated low-rank adapter to the output of its base layer.
@@ -75,6 +76,7 @@ def rank_experts(
         tasks_G: int64, each in `[0, T)`: the task of each token, or of each run of `N / G` tokens, as the tokens of one
             sample are. Of runs the time does not grow with `T`.
         counts_P: int64; to it is added how many tokens chose each rank.
+        chosen: to it is appended which ranks each token chose, bool `[N, P]`.
         backend: `torch` or `triton`; by default `triton` on CUDA where it is installed and takes the case.
 
     Returns:
@@ -87,6 +89,8 @@ def rank_experts(
         RuntimeError, IndexError: a task out of range, found when the tasks are read.
     """
     _check(x_ND, a_RD, b_OP, base_NO, gate_NP, num_selected, bias_P, renormalise, mix_TPR, tasks_G, counts_P)
+    if chosen is not None and num_selected is None:
+        raise ValueError("chosen: expected num_selected beside it, found None")
     device = x_ND.device.type
     dtype = x_ND.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
@@ -109,6 +113,8 @@ def rank_experts(
         )
     if counts_P is not None:
         counts_P += chosen_NP.sum(0)
+    if chosen is not None:
+        chosen.append(chosen_NP)
     return out_NO
 
 

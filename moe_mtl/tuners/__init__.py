@@ -9,6 +9,7 @@ import pkgutil
 
 from ._balance import BalanceRanks
 from ._base import METHODS, RankConfig, RankTuner
+from ._count import Count, count
 from ._export import extract_task, load_adapter
 
 for _module in pkgutil.iter_modules(__path__):
@@ -21,8 +22,10 @@ for _config in METHODS:
 __all__ = [
     "METHODS",
     "BalanceRanks",
+    "Count",
     "RankConfig",
     "RankTuner",
+    "count",
     "extract_task",
     "load_adapter",
     *(config.__name__ for config in METHODS),

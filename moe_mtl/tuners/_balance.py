@@ -4,7 +4,7 @@ Shapes: `P` ranks to choose from, `K` of them chosen per token.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class BalancedAdapter(RankAdapter):
         counts_P: since the last `update_balance`.
     """
 
+    expert: ClassVar[str] = "rank"
+
     bias_P: Tensor
     counts_P: Tensor
 
@@ -56,6 +58,19 @@ class BalancedAdapter(RankAdapter):
         self.counts_P = self.counts_P.to(self.bias_P.device)
         counts_P = self.counts_P if self.training else None
         return {"num_selected": self.config.num_selected, "bias_P": self.bias_P, "counts_P": counts_P}
+
+    def options(self, x_ND: Tensor, told: Tensor | None) -> dict[str, Any]:
+        return self.choice()
+
+    def used(self, weights: Tensor | None, told: Tensor | None, chosen: Tensor | None) -> dict[str, Tensor]:
+        assert chosen is not None
+        kept_NP = chosen.float() if weights is None else weights * chosen
+        return {"tokens": kept_NP / kept_NP.sum(-1, keepdim=True)}
+
+    def num_active(self) -> int:
+        ranks, chosen = self.config.r, self.config.num_selected
+        by_rank = [t for name, t in self.named_parameters() if name in ("a_RD", "b_OP")]
+        return self.num_trained() - sum(t.numel() // ranks * (ranks - chosen) for t in by_rank)
 
     @torch.no_grad()
     def update_balance(self) -> None:

@@ -3,7 +3,8 @@
     y = W_0 x + s B(t) diag(g(t, x)) M_t A x
 
 A method is one file: a config, and a `RankAdapter` that says which of gate, mix and choice it uses. `register` makes it
-known to PEFT, whose `get_peft_model`, `save_pretrained` and `from_pretrained` then work as with its own.
+known to PEFT, whose `get_peft_model`, `save_pretrained` and `from_pretrained` then work as with its own. What a call
+tells of its samples, their tasks or a preference, is "told" to the adapters.
 
 Shapes: `N` tokens, `D` width, `R` ranks of the down-projection, `P` ranks that reach the up-projection, `O` output
 width, `T` tasks.
@@ -18,15 +19,25 @@ from typing import Any, ClassVar, cast
 import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _ExcludedModule,
+    _get_in_out_features,
+    check_adapters_to_merge,
+)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..ops.ranks import rank_experts
-from ._tasks import CurrentTasks, Tasks, number
+from ..outputs import Routing
+from ._tasks import CurrentTasks, Preference, Tasks, Told, number, weights_of
 
-SCALINGS = ("alpha/r", "alpha/sqrt(r)", "alpha")
+Record = Callable[[dict[str, Tensor], tuple[str, ...]], None]  # per gate the weights; and what it weighs
+
+SCALINGS: dict[str, Callable[[int], float]] = {"alpha/r": float, "alpha/sqrt(r)": math.sqrt, "alpha": lambda r: 1.0}
+EXACT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of weights that are not quantised
 
 
 @dataclass
@@ -76,7 +87,7 @@ class RankConfig(PeftConfig):
             raise ValueError(f"dropout: expected a share in [0, 1), found {self.dropout}")
         if self.bias not in ("none", "all"):
             raise ValueError(f"bias: expected none or all, found {self.bias!r}")
-        if self.adapter_class.by_task:
+        if self.adapter_class.by_task or self.adapter_class.by_preference:
             if not self.tasks or isinstance(self.tasks, str):
                 raise ValueError(
                     f"tasks: expected a list of those that {self.peft_type} tells apart, found {self.tasks!r}"
@@ -87,7 +98,26 @@ class RankConfig(PeftConfig):
     @property
     def scale(self) -> float:
         """`s`."""
-        return self.alpha / {"alpha/r": self.r, "alpha/sqrt(r)": math.sqrt(self.r), "alpha": 1}[self.scaling]
+        return self.alpha / SCALINGS[self.scaling](self.r)
+
+    def layer_class(self, base: nn.Module) -> "type[RankLayer] | None":
+        """What wraps a target; None for one that cannot be."""
+        return RankLayer if isinstance(base, (nn.Linear, Conv1D)) or hasattr(base, "in_features") else None
+
+    def default_targets(self, model: nn.Module, targets: set[str]) -> set[str]:
+        """What is adapted where no targets are named, of which PEFT's LoRA would take these."""
+        return targets
+
+    def for_layer(self, name: str) -> "RankConfig":
+        """The config as the layer of that name has it."""
+        return self
+
+    def trains_base(self) -> bool:
+        """Whether the base model is trained, and saved, too."""
+        return False
+
+    def check_targets(self, model: nn.Module, names: list[str]) -> None:
+        """Before anything is put into a model, of which these are the targets."""
 
 
 class RankAdapter(nn.Module):
@@ -95,11 +125,15 @@ class RankAdapter(nn.Module):
 
     Attributes:
         by_task: whether it tells tasks apart.
+        by_preference: whether it mixes tasks by weights that the call brings.
         depends_on_input: why it cannot be merged, None where it can.
+        expert: what its gate weighs, if it has one.
     """
 
     by_task: ClassVar[bool] = False
+    by_preference: ClassVar[bool] = False
     depends_on_input: ClassVar[str | None] = None
+    expert: ClassVar[str] = "expert"
 
     def __init__(self, in_features: int, out_features: int, config: Any):
         super().__init__()
@@ -107,16 +141,40 @@ class RankAdapter(nn.Module):
         self.a_RD: Tensor
         self.b_OP: Tensor
 
-    def options(self, x_ND: Tensor, tasks_B: Tensor | None) -> dict[str, Any]:
-        """What `rank_experts` is to do between the projections."""
+    def options(self, x_ND: Tensor, told: Tensor | None) -> dict[str, Any]:
+        """What `rank_experts` is to do between the projections; told is each sample's task `[B]`, or preference.
+
+        `weights`, which is for records alone, are those of experts: per token `[N, E]`, or per task `[T, E]`.
+        """
         return {}
+
+    def used(self, weights: Tensor | None, told: Tensor | None, chosen: Tensor | None) -> dict[str, Tensor]:
+        """Per gate the weights of experts; of a task's gate one row, for the tasks of the call."""
+        if weights is None:
+            return {}
+        if told is None or not self.by_task:
+            return {"tokens": weights}
+        return {self.config.tasks[task]: weights[task : task + 1] for task in sorted(set(told.tolist()))}
+
+    def names_of_experts(self, number: int) -> tuple[str, ...]:
+        """In the order of the weights."""
+        return tuple(f"{self.expert} {n}" for n in range(number))
+
+    def record(self, record: Record, used: dict[str, Tensor]) -> None:
+        """Hands out what `used` found."""
+        if used:
+            found = {gate: weights.detach() for gate, weights in used.items()}
+            record(found, self.names_of_experts(next(iter(found.values())).shape[-1]))
 
     def up(self) -> Tensor:
         """`[O, P]`."""
         return self.b_OP
 
-    def as_lora(self, task: int | None) -> tuple[Tensor, Tensor]:
+    def as_lora(self, told: Any) -> tuple[Tensor, Tensor]:
         """The pair `A [R, D]` and `B [O, R]` that computes the same for one task, without the scale.
+
+        Args:
+            told: the number of the task, or the preference `[T]`; None of methods that hear of neither.
 
         Raises:
             NotImplementedError: what it computes depends on the input; says how.
@@ -126,13 +184,32 @@ class RankAdapter(nn.Module):
     def update_balance(self) -> None:
         """Once per optimiser step, of methods that balance something."""
 
-    def forward(self, x: Tensor, base: Tensor, tasks_B: Tensor | None) -> Tensor:
+    def num_trained(self) -> int:
+        """Parameters that training moves."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def num_active(self) -> int:
+        """Of these, the ones that one token of one task is multiplied with."""
+        return self.num_trained()
+
+    def forward(self, x: Tensor, base: Tensor, told: Tensor | None, record: Record | None = None) -> Tensor:
         """`base` with the adapter's output added, `[..., O]`."""
         x_ND, base_NO = x.to(base.dtype).flatten(0, -2), base.flatten(0, -2)
-        options = self.options(x_ND, tasks_B)
+        options = self.options(x_ND, told)
+        weights = options.pop("weights", None)
+        if record is not None and "num_selected" in options:
+            options["chosen"] = []
         if self.config.dropout and self.training:
             x_ND = nn.functional.dropout(x_ND, self.config.dropout)
-        return rank_experts(x_ND, self.a_RD, self.up(), base_NO, scale=self.config.scale, **options).view_as(base)
+        y_NO = self.add(x_ND, base_NO, told, options)
+        if record is not None:
+            with torch.no_grad():  # a graph would keep tensors, which checkpointing counts
+                self.record(record, self.used(weights, told, *options.get("chosen", [None])))
+        return y_NO.view_as(base)
+
+    def add(self, x_ND: Tensor, base_NO: Tensor, told: Tensor | None, options: dict[str, Any]) -> Tensor:
+        """What of `forward` is between reshaping: `[N, O]`."""
+        return rank_experts(x_ND, self.a_RD, self.up(), base_NO, scale=self.config.scale, **options)
 
 
 def at_least_float32(t: Tensor) -> Tensor:
@@ -160,23 +237,38 @@ class RankLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("moe_adapters",)
 
-    def __init__(self, base_layer: nn.Module, current_tasks: CurrentTasks):
+    def __init__(self, base_layer: nn.Module, current_tasks: CurrentTasks, name: str = ""):
         super().__init__()
         self.base_layer = base_layer
         self.moe_adapters = nn.ModuleDict()
         self.current_tasks = current_tasks
+        self.name = name
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.merged_tasks: dict[str, str | None] = {}
+        self.merged_for: dict[str, Told | None] = {}
+        self._read_sizes()
+
+    def _read_sizes(self) -> None:
         self._turned = isinstance(self.get_base_layer(), Conv1D)  # which stores [D, O]
         sizes: Any = _get_in_out_features(self.get_base_layer())
         self.in_features, self.out_features = sizes
 
+    def new_adapter(self, config: RankConfig) -> RankAdapter:
+        """One for this layer."""
+        return config.adapter_class(self.in_features, self.out_features, config)
+
     def update_layer(self, adapter_name: str, config: RankConfig) -> None:
         """Makes, or makes anew, an adapter."""
-        self.moe_adapters[adapter_name] = config.adapter_class(self.in_features, self.out_features, config)
+        self.moe_adapters[adapter_name] = adapter = self.new_adapter(config.for_layer(self.name))
+        if adapter.by_preference:
+            self.current_tasks.takes_preference = True
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> Any:
+        """An adapter on a quantised layer keeps its own dtype: it would be rounded to eight bits."""
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        return device, dtype if dtype in EXACT_DTYPES else None
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Frozen tensors keep their dtype: rounded to the base's they would never be exact again."""
@@ -193,32 +285,62 @@ class RankLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
         if self.merged:
-            for task in self.merged_tasks.values():
-                if task is not None:
-                    self.current_tasks.check_merged(task, x)
+            for told in self.merged_for.values():
+                if told is not None:
+                    self.current_tasks.check_merged(told, x)
             return result
         for name in self.active_adapters:
             if name in self.moe_adapters:
                 adapter = self.adapter(name)
-                tasks_B = self.current_tasks.of_samples(adapter.config.tasks, x) if adapter.by_task else None
-                result = adapter(x, result, tasks_B)
+                result = adapter(x, result, self._told(adapter, x), self._record())
         return result
 
-    def lora_of(self, adapter_name: str, task: str | None) -> tuple[Tensor, Tensor]:
+    def _record(self) -> Record | None:
+        records = self.current_tasks.records
+        if records is None or torch._C._current_graph_task_id() != -1:  # runs again, in a backward
+            return None
+
+        def record(weights: dict[str, Tensor], names: tuple[str, ...]) -> None:
+            records.append(Routing(self.name, weights, dict.fromkeys(weights, names)))
+
+        return record
+
+    def _told(self, adapter: RankAdapter, x: Tensor) -> Tensor | None:
+        if adapter.by_task:
+            return self.current_tasks.of_samples(adapter.config.tasks, x)
+        return self.current_tasks.preferences(adapter.config.tasks, x) if adapter.by_preference else None
+
+    def always(self, adapter_name: str) -> Told | None:
+        """What calls that say nothing are for, if it is one task, or one preference; and the adapter asks."""
+        adapter, current = self.adapter(adapter_name), self.current_tasks
+        if adapter.by_task:
+            return current.always if isinstance(current.always, str) else None
+        if not adapter.by_preference or current.always_preference is None:
+            return None
+        weights = weights_of(current.always_preference, adapter.config.tasks)
+        return tuple(zip(adapter.config.tasks, weights.tolist(), strict=True)) if weights.dim() == 1 else None
+
+    def lora_of(self, adapter_name: str, told: Told | None) -> tuple[Tensor, Tensor]:
         """`A [R, D]` and `B [O, R]` of one adapter for one task, in float32 at least, the scale left out."""
         adapter = self.adapter(adapter_name)
-        if not adapter.by_task:
-            return adapter.as_lora(None)
-        if task is None:
-            known = ", ".join(adapter.config.tasks)
-            raise ValueError(f"tasks: expected one of {known} to merge; choose it with set_task")
-        return adapter.as_lora(number(task, adapter.config.tasks))
+        names = adapter.config.tasks
+        if adapter.by_task:
+            if not isinstance(told, str):
+                raise ValueError(f"tasks: expected one of {', '.join(names)} to merge; choose it with set_task")
+            return adapter.as_lora(number(told, names))
+        if adapter.by_preference:
+            if not isinstance(told, tuple):
+                raise ValueError(
+                    f"preference: expected one weight for each of {', '.join(names)} to merge; "
+                    "choose them with set_preference"
+                )
+            return adapter.as_lora(weights_of(dict(told), names))
+        return adapter.as_lora(None)
 
     @torch.no_grad()
-    def get_delta_weight(self, adapter_name: str, task: str | None = None) -> Tensor:
+    def get_delta_weight(self, adapter_name: str, told: Told | None = None) -> Tensor:
         """`s B A` of a task, by default of the one that is set, as the base layer stores its weight."""
-        always = self.current_tasks.always
-        a_RD, b_OR = self.lora_of(adapter_name, always if task is None and isinstance(always, str) else task)
+        a_RD, b_OR = self.lora_of(adapter_name, self.always(adapter_name) if told is None else told)
         adapter = self.adapter(adapter_name)
         delta_OD = adapter.config.scale * (b_OR @ a_RD)
         return delta_OD.t() if self._turned else delta_OD
@@ -228,17 +350,16 @@ class RankLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             NotImplementedError: an adapter depends on the input, or the base weight is quantised.
-            ValueError: no task is set for adapters that tell tasks apart; or, where `safe_merge`, a weight would become
-                infinite or NaN.
+            ValueError: no task, or preference, is set for adapters that ask for one; or, where `safe_merge`, a weight
+                would become infinite or NaN.
         """
-        always = self.current_tasks.always
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.moe_adapters]
-        tasks = {name: always if self.adapter(name).by_task else None for name in names}
-        told = {task for task in (*tasks.values(), *self.merged_tasks.values()) if task is not None}
-        if len(told) > 1:
-            raise ValueError(
-                f"tasks: expected one for all that is merged, found {' and '.join(sorted(map(str, told)))}"
-            )
+        told = {name: self.always(name) for name in names}
+        for what, kind in (("tasks", str), ("preference", tuple)):
+            found = {value for value in (*told.values(), *self.merged_for.values()) if isinstance(value, kind)}
+            if len(found) > 1:
+                listed = " and ".join(sorted(map(str, found)))
+                raise ValueError(f"{what}: expected one for all that is merged, found {listed}")
         weight = self._weight()
         merged = weight.data
         for name in names:
@@ -248,14 +369,14 @@ class RankLayer(nn.Module, BaseTunerLayer):
         weight.data = merged
         for name in names:
             self.merged_adapters.append(name)
-            self.merged_tasks[name] = None if tasks[name] is None else str(tasks[name])
+            self.merged_for[name] = told[name]
 
     def unmerge(self) -> None:
         """Takes merged adapters out again, up to rounding."""
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             weight = self._weight()
-            weight.data = weight.data - self.get_delta_weight(name, self.merged_tasks.pop(name)).to(weight.dtype)
+            weight.data = weight.data - self.get_delta_weight(name, self.merged_for.pop(name)).to(weight.dtype)
 
     def adapter(self, name: str) -> "RankAdapter":
         """The adapter of that name."""
@@ -263,8 +384,13 @@ class RankLayer(nn.Module, BaseTunerLayer):
 
     def _weight(self) -> nn.Parameter:
         base: Any = self.get_base_layer()
-        if not isinstance(base, (nn.Linear, Conv1D)) or not base.weight.is_floating_point():
-            raise NotImplementedError(f"expected a weight of floats to merge into, found {type(base).__name__}")
+        if not isinstance(base, (nn.Linear, Conv1D)) or base.weight.dtype not in EXACT_DTYPES:
+            weight = getattr(base, "weight", None)
+            dtype = f" of {weight.dtype}" if isinstance(weight, Tensor) else ""
+            raise NotImplementedError(
+                f"expected a weight of floats to merge into, found {type(base).__name__}{dtype}, whose sum with an "
+                "adapter would be rounded; extract_task makes a LoRA beside it"
+            )
         return cast(nn.Parameter, base.weight)
 
 
@@ -281,12 +407,29 @@ class RankTuner(BaseTuner):
             return
         for hook in list(model._forward_pre_hooks.values()):
             owner = getattr(hook, "__self__", None)
-            if isinstance(owner, CurrentTasks) and owner.merged is not None:  # of adapters that are weights by now
+            if isinstance(owner, CurrentTasks) and owner.merged:  # of adapters that are weights by now
                 remove_hooks(model, owner)
         found = (layer.current_tasks for layer in model.modules() if isinstance(layer, RankLayer))
         self.current_tasks = next(found, None) or CurrentTasks()
         if not any(hook == self.current_tasks.enter for hook in model._forward_pre_hooks.values()):
             model.register_forward_pre_hook(self.current_tasks.enter, with_kwargs=True)
+            model.register_forward_pre_hook(self.current_tasks.losses.enter)
+            model.register_forward_hook(self.current_tasks.losses.leave)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PeftConfig:
+        named = peft_config.target_modules is not None
+        prepared: Any = super()._prepare_adapter_config(peft_config, model_config)
+        if not named and isinstance(prepared.target_modules, set):
+            prepared.target_modules = prepared.default_targets(self.model, prepared.target_modules)
+        return prepared
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        names = [name for name, _ in model.named_modules() if name]
+        peft_config.check_targets(model, [name for name in names if self._is_target(peft_config, name)])
+
+    def _is_target(self, config: PeftConfig, name: str) -> bool:
+        found = self._check_target_module_exists(config, name)
+        return bool(found) and not isinstance(found, _ExcludedModule)
 
     def _create_and_replace(
         self,
@@ -307,15 +450,48 @@ class RankTuner(BaseTuner):
             raise ValueError(
                 f"target_modules: expected layers that are called, found {current_key}, whose weight is read"
             )
-        if not isinstance(base, (nn.Linear, Conv1D)) and not hasattr(base, "in_features"):
+        layer_class = peft_config.layer_class(base)
+        if layer_class is None:
             raise ValueError(
                 f"target_modules: expected linear layers, found {current_key} of type {type(base).__name__}"
             )
-        layer = RankLayer(target, self.current_tasks)
+        layer = layer_class(target, self.current_tasks, current_key)
         layer.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, RankLayer) and child.get_base_layer() is new_module:
+            setattr(parent, child_name, new_module)  # PEFT hands over a weight, which a block has not
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        configs = [self.peft_config[name] for name in self.active_adapters]
+        if not any(config.trains_base() and not config.inference_mode for config in configs):
+            return
+        aside = [m for m in model.modules() if isinstance(m, (RankAdapter, AuxiliaryTrainingWrapper))]
+        kept = {id(parameter) for module in aside for parameter in module.parameters()}
+        for parameter in model.parameters():
+            if id(parameter) not in kept and parameter.is_floating_point():
+                parameter.requires_grad = True
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if config.trains_base():
+            aside = tuple(name for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
+            found |= {key: tensor for key, tensor in state_dict.items() if not key.startswith(aside)}
+        return found
 
     def set_task(self, task: str | None) -> None:
         """The task of calls that name none, and of a merge; None takes it back.
@@ -330,21 +506,66 @@ class RankTuner(BaseTuner):
             number(task, [name for names in known for name in names])
         self.current_tasks.always = task
 
+    def set_preference(self, preference: Preference | None) -> None:
+        """The preference of calls that bring none, and of a merge; None takes it back.
+
+        Args:
+            preference: weights of the tasks of 0 or more that sum to 1: by name, or in the order of the config's tasks.
+
+        Raises:
+            ValueError: weights that fit no adapter.
+        """
+        configs = [c for c in self.peft_config.values() if isinstance(c, RankConfig) and c.adapter_class.by_preference]
+        errors = []
+        for config in configs if preference is not None else ():
+            try:
+                weights_of(preference, config.tasks)  # type: ignore[arg-type]
+            except ValueError as error:
+                errors.append(error)
+        if errors and len(errors) == len(configs):
+            raise errors[0]
+        self.current_tasks.always_preference = preference
+
+    @contextlib.contextmanager
+    def preference(self, preference: Preference) -> Iterator[None]:
+        """The preference of the calls inside: one for the batch, or one per sample."""
+        with self.current_tasks.set(preference=preference):
+            yield
+
     @contextlib.contextmanager
     def tasks(self, tasks: Tasks) -> Iterator[None]:
         """The tasks of the calls inside, one per sample."""
         with self.current_tasks.set(tasks):
             yield
 
-    def generate(self, *args: Any, tasks: Tasks | None = None, **kwargs: Any) -> Any:
-        """The base model's `generate`, with one task per prompt; beams and several answers to one prompt share it."""
+    @contextlib.contextmanager
+    def record_routing(self) -> Iterator[list[Routing]]:
+        """Records of the calls inside: one per layer with a gate, or a choice, and call.
+
+        with model.base_model.record_routing() as records:
+            model(**batch)
+        records[0].utilisation()
+
+        The gate `tokens` has a row per token, in the order of the batch; `preference` a row per sample; a task's gate
+        one row. Rows sum to 1: of chosen ranks, their weights are divided by the sum. Nothing is computed again.
+        """
+        before, self.current_tasks.records = self.current_tasks.records, []
+        try:
+            yield self.current_tasks.records
+        finally:
+            self.current_tasks.records = before
+
+    def generate(
+        self, *args: Any, tasks: Tasks | None = None, preference: Preference | None = None, **kwargs: Any
+    ) -> Any:
+        """The base model's `generate`, with one task, or preference, per prompt, which its beams and answers share."""
         if tasks is None:
             tasks = self.current_tasks.always
         names = ("inputs", "input_ids", "inputs_embeds", "input_features", "pixel_values")
         prompts = next((t for t in (*args[:1], *map(kwargs.get, names)) if isinstance(t, Tensor)), None)
         if tasks is not None and not isinstance(tasks, str) and prompts is not None and len(tasks) != len(prompts):
             raise ValueError(f"tasks: expected {len(prompts)}, one per prompt, found {len(tasks)}")
-        with self.current_tasks.set(tasks, repeats=True):
+        with self.current_tasks.set(tasks, preference, repeats=True):
             return self.model.generate(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -363,14 +584,14 @@ class RankTuner(BaseTuner):
                         layer.adapter(name).update_balance()
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        always = self.current_tasks.always
         layers = [layer for layer in self.model.modules() if isinstance(layer, RankLayer)]
-        told = {task for layer in layers for task in layer.merged_tasks.values() if task is not None}
-        if merge and not told and any(config.adapter_class.by_task for config in self.peft_config.values()):
-            told = {str(always)}
+        told = {value for layer in layers for value in layer.merged_for.values() if value is not None}
+        if merge and not told:
+            always = [layer.always(name) for layer in layers for name in layer.moe_adapters]
+            told = {value for value in always if value is not None}
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         if told:
-            self.current_tasks.merged = told.pop()  # the hook stays, to refuse other tasks
+            self.current_tasks.merged = told  # the hook stays, to refuse other tasks
         else:
             remove_hooks(model, self.current_tasks)
         return model
@@ -378,9 +599,11 @@ class RankTuner(BaseTuner):
 
 def remove_hooks(model: nn.Module, current_tasks: CurrentTasks) -> None:
     """Lets a model be called as before it had adapters."""
-    hooks: Any = model._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if hook == current_tasks.enter]:
-        del hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    ours = (current_tasks.enter, current_tasks.losses.enter, current_tasks.losses.leave)
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook in ours]:
+            del hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 class _Method(str):

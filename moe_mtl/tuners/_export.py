@@ -1,6 +1,7 @@
 """From an adapter of many tasks to what one task needs: a plain LoRA that runs where moe_mtl is not installed."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,23 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from ..files import UnsafeFileError
 from ..hub import resolve, verify_manifest, zoo
 from ._base import RankLayer
+from ._tasks import Preference, Told, weights_of
 
 
-def extract_task(model: PeftModel, task: str | None = None, adapter_name: str | None = None) -> PeftModel:
+def extract_task(
+    model: PeftModel,
+    task: str | None = None,
+    adapter_name: str | None = None,
+    *,
+    preference: Preference | None = None,
+) -> PeftModel:
     """One task's adapter as a LoRA of PEFT, on the same base weights, which both models then share.
 
     Args:
         model: with an adapter of this package.
         task: its name; None for methods that do not tell tasks apart.
         adapter_name: which adapter, by default the active one.
+        preference: for methods that mix tasks, the weight of each: by name, or in the order of the config's tasks.
 
     Returns:
         a model of the same class whose adapter is a LoRA named "default": `save_pretrained`, `merge_and_unload` and all
@@ -28,7 +37,7 @@ def extract_task(model: PeftModel, task: str | None = None, adapter_name: str | 
 
     Raises:
         NotImplementedError: what the adapter computes depends on the input; says how.
-        ValueError: an unknown adapter or task.
+        ValueError: an unknown adapter or task, or no preference where one is asked for.
     """
     name = adapter_name or model.active_adapter
     if name not in model.peft_config:
@@ -37,23 +46,33 @@ def extract_task(model: PeftModel, task: str | None = None, adapter_name: str | 
     layers = {key: layer for key, layer in model.get_base_model().named_modules() if isinstance(layer, RankLayer)}
     if any(layer.merged for layer in layers.values()):
         raise ValueError("expected adapters beside the weights, found them merged; call unmerge_adapter first")
+    told: Told | None = task
+    if config.adapter_class.by_preference:
+        if preference is None:
+            raise ValueError(f"preference: expected a weight for each of {', '.join(config.tasks)}, found none")
+        weights = weights_of(preference, config.tasks)
+        if weights.dim() != 1:
+            raise ValueError(f"preference: expected one of shape [{len(config.tasks)}], found {list(weights.shape)}")
+        told = tuple(zip(config.tasks, weights.tolist(), strict=True))
     with torch.no_grad():
-        pairs = {key: layer.lora_of(name, task) for key, layer in layers.items() if name in layer.moe_adapters}
+        pairs = {key: layer.lora_of(name, told) for key, layer in layers.items() if name in layer.moe_adapters}
     # The weights of the base model are shared, not copied. What PEFT freezes on the way is to stay as it was.
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     copied = copy.deepcopy(model, shared)
     copied.set_adapter(name)
     base = copied.unload()
-    ranks = {len(a_RD) for a_RD, _ in pairs.values()}
-    assert len(ranks) == 1
-    rank = ranks.pop()
+    ranks = {key: len(a_RD) for key, (a_RD, _) in pairs.items()}
+    rank = max(ranks.values())
+    others = {key: own for key, own in ranks.items() if own != rank}
     lora = get_peft_model(
         base,
         LoraConfig(
             task_type=config.task_type,
             r=rank,
             lora_alpha=rank * config.scale,
+            rank_pattern={_exactly(key): own for key, own in others.items()},
+            alpha_pattern={_exactly(key): own * config.scale for key, own in others.items()},
             target_modules=list(pairs),
             modules_to_save=config.modules_to_save,
             bias=config.bias,
@@ -92,11 +111,16 @@ def load_adapter(name: str | Path, model: nn.Module | None = None, **options: An
     verify_manifest(folder)
     config: Any = PeftConfig.from_pretrained(str(folder))
     if model is None:
-        base = config.base_model_name_or_path
+        base, kind = config.base_model_name_or_path, str(getattr(config.task_type, "value", config.task_type))
         classes = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM}
-        if not base or str(config.task_type) not in classes:
-            found = f"{base!r} and {config.task_type}"
+        if not base or kind not in classes:
+            found = f"{base!r} and {kind}"
             raise ValueError(f"model: expected the base model, as {folder} does not say which language model: {found}")
         where = zoo().get(str(base), base)
-        model = classes[str(config.task_type)].from_pretrained(where, use_safetensors=True)
+        model = classes[kind].from_pretrained(where, use_safetensors=True)
     return PeftModel.from_pretrained(model, str(folder), config=config, **options)
+
+
+def _exactly(key: str) -> str:
+    """A pattern of PEFT, which puts `(.*\\.)?` before it, that fits this layer alone."""
+    return "^" + re.escape(key)

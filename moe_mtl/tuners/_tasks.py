@@ -1,22 +1,41 @@
-"""Which task each sample of a batch has, from the call of a model to its adapter layers.
+"""Which task each sample of a batch has, or which preference, from the call of a model to its adapter layers.
 
-A base model's `forward` knows no tasks, and PEFT drops keywords that it does not know. So a hook takes `tasks` out of
-the call before the base model sees it. What it found stays until the next call; and what calls with gradients were for
-is kept apart, as gradient checkpointing runs layers again in the backward, when other calls may have come between.
+A base model's `forward` knows no tasks, and PEFT drops keywords that it does not know. So a hook takes `tasks` and
+`preference` out of the call before the base model sees them. What it found stays until the next call; and what calls
+with gradients were for is kept apart, as gradient checkpointing runs layers again in the backward, when other calls may
+have come between.
 
-Shapes: `B` samples.
+Shapes: `B` samples, `T` tasks.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..naming import nearest
+from ..outputs import Routing
+from ._losses import AddedLosses
 
 Tasks = str | Sequence[str] | Tensor
+Preference = Mapping[str, float] | Sequence[float] | Tensor
+Told = str | tuple[tuple[str, float], ...]  # what a merge is for: a task, or a preference by name
+
+_SLACK = 1e-3  # by how much the weights of a preference may miss 1: they are often rounded, or softmaxes of halves
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What one call is for."""
+
+    tasks: Tasks | None = None
+    preference: Preference | None = None
+
+    def __str__(self) -> str:
+        return " and ".join(str(value) for value in (self.tasks, self.preference) if value is not None) or "nothing"
 
 
 class CurrentTasks:
@@ -24,58 +43,78 @@ class CurrentTasks:
 
     Attributes:
         always: the task, or the tasks, of calls that name none.
-        merged: the task whose adapters were merged into the weights of a model that has no adapter layers any more.
+        always_preference: the preference of calls that bring none.
+        takes_preference: whether an adapter asks for one; else the keyword is the base model's.
+        records: where its layers leave who used which expert; None asks for nothing.
+        losses: what its layers add to the model's.
+        merged: per kind, what those adapters were for that were merged into the weights of a model which has no
+            adapter layers any more.
     """
 
     def __init__(self) -> None:
         self.always: Tasks | None = None
-        self.merged: str | None = None
+        self.always_preference: Preference | None = None
+        self.takes_preference = False
+        self.losses = AddedLosses()
+        self.records: list[Routing] | None = None
+        self.merged: set[Told] = set()
         # By device, as the replicas of a data-parallel model run side by side and each has its own share of the batch.
-        self._of_call: dict[torch.device | None, Tasks | None] = {}
-        self._last: Tasks | None = None
+        self._of_call: dict[torch.device | None, Call] = {}
+        self._last = Call()
         self._repeats = False
         self._known: dict[Any, Tensor] = {}
-        # Of calls with gradients since a layer last ran again in a backward: the first's tasks, then other ones if any.
-        self._with_gradients: dict[torch.device | None, list[Tasks | None]] = {}
+        # Of calls with gradients since a layer last ran again in a backward: the first, then one for others if any.
+        self._with_gradients: dict[torch.device | None, list[Call]] = {}
         self._ran_again = False
 
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Forward pre-hook of the base model: takes `tasks` out of the call."""
+        """Forward pre-hook of the base model: takes `tasks` and `preference` out of the call."""
         tasks = kwargs.pop("tasks", None)
-        if tasks is None:
-            tasks = self.always
-        if self.merged is not None:
-            _check_merged(self.merged, tasks)
+        preference = kwargs.pop("preference", None) if self.takes_preference else None
+        call = Call(
+            self.always if tasks is None else tasks, self.always_preference if preference is None else preference
+        )
+        for told in self.merged:
+            _check_merged(told, call)
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         device = next((t.device for t in tensors), None)
         if not getattr(model, "_is_replica", False):
             self._of_call.clear()
-        self._of_call[device] = self._last = tasks
+        self._of_call[device] = self._last = call
         self._known.clear()
         if torch.is_grad_enabled():
             if self._ran_again:
                 self._with_gradients.clear()
                 self._ran_again = False
             called = self._with_gradients.setdefault(device, [])
-            if not called or (len(called) == 1 and not _same(tasks, called[0])):
-                called.append(tasks)
+            if not called or (len(called) == 1 and not _same(call, called[0])):
+                called.append(call)
         return args, kwargs
 
     @contextlib.contextmanager
-    def set(self, tasks: Tasks | None, repeats: bool = False) -> Iterator[None]:
-        """For the calls inside, of parts of the model too. `repeats`: a sample may have several rows, as beams."""
-        before = self.always, self._repeats, self._of_call, self._last
-        self.always, self._repeats, self._of_call, self._last = tasks, repeats, {}, tasks
+    def set(
+        self, tasks: Tasks | None = None, preference: Preference | None = None, repeats: bool = False
+    ) -> Iterator[None]:
+        """For the calls inside, of parts of the model too; what is None stays as it is.
+
+        `repeats`: a sample may have several rows, as beams.
+        """
+        before = self.always, self.always_preference, self._repeats, self._of_call, self._last
+        if tasks is not None:
+            self.always = tasks
+        if preference is not None:
+            self.always_preference = preference
+        self._repeats, self._of_call, self._last = repeats, {}, Call(self.always, self.always_preference)
         self._known.clear()
         try:
             yield
         finally:
-            self.always, self._repeats, self._of_call, self._last = before
+            self.always, self.always_preference, self._repeats, self._of_call, self._last = before
             self._known.clear()
 
-    def check_merged(self, task: str, x: Tensor) -> None:
-        """Refuses a call for other tasks than the one that is merged into a layer's weight."""
-        _check_merged(task, self._of_call.get(x.device, self._last))
+    def check_merged(self, told: Told, x: Tensor) -> None:
+        """Refuses a call for anything else than what is merged into a layer's weight."""
+        _check_merged(told, self._of_call.get(x.device, self._last))
 
     def of_samples(self, names: Sequence[str], x: Tensor) -> Tensor:
         """The number in `names` of each sample's task, `[B]`, for `x` of shape `[B, ..., D]`.
@@ -83,24 +122,52 @@ class CurrentTasks:
         Raises:
             ValueError: no task was given, an unknown one, or as many as do not fit the batch.
         """
-        again = torch._C._current_graph_task_id() != -1  # in a backward
-        tasks = self._of_the_backward(x.device) if again else self._of_call.get(x.device, self._last)
-        if tasks is None:
+        call, again = self._call(x.device)
+        if call.tasks is None:
             raise ValueError(
                 f"tasks: expected one of {', '.join(names)} per sample, found none; "
                 "call the model with tasks=[...], or choose one for all calls with set_task"
             )
-        key = (tuple(names), len(x), x.device, again)
+        key = ("tasks", tuple(names), len(x), x.device, again)
         if key not in self._known:
-            ids_B = _numbers(tasks, names, len(x)).to(x.device)
-            if len(ids_B) != len(x):
-                if not self._repeats or len(x) % len(ids_B):
-                    raise ValueError(f"tasks: expected {len(x)}, one per sample, found {len(ids_B)}")
-                ids_B = ids_B.repeat_interleave(len(x) // len(ids_B))
-            self._known[key] = ids_B
+            ids_B = _numbers(call.tasks, names, len(x)).to(x.device)
+            self._known[key] = self._per_row("tasks", ids_B, len(x))
         return self._known[key]
 
-    def _of_the_backward(self, device: torch.device) -> Tasks | None:
+    def preferences(self, names: Sequence[str], x: Tensor) -> Tensor:
+        """Each sample's weights of the tasks in `names`, `[B, T]`, for `x` of shape `[B, ..., D]`.
+
+        Raises:
+            ValueError: no preference was given, or one whose weights are not of these tasks, negative, or do not sum
+                to 1, or as many as do not fit the batch.
+        """
+        call, again = self._call(x.device)
+        if call.preference is None:
+            raise ValueError(
+                f"preference: expected a weight for each of {', '.join(names)}, found none; "
+                "call the model with preference={...}, or choose one for all calls with set_preference"
+            )
+        key = ("preference", tuple(names), len(x), x.device, again)
+        if key not in self._known:
+            weights = weights_of(call.preference, names).to(x.device)
+            self._known[key] = (
+                weights.expand(len(x), -1) if weights.dim() == 1 else self._per_row("preference", weights, len(x))
+            )
+        return self._known[key]
+
+    def _call(self, device: torch.device) -> tuple[Call, bool]:
+        """What a layer runs for, and whether it runs again, in a backward."""
+        again = torch._C._current_graph_task_id() != -1
+        return (self._of_the_backward(device) if again else self._of_call.get(device, self._last)), again
+
+    def _per_row(self, what: str, rows: Tensor, batch: int) -> Tensor:
+        if len(rows) == batch:
+            return rows
+        if not self._repeats or not len(rows) or batch % len(rows):
+            raise ValueError(f"{what}: expected {batch}, one per sample, found {len(rows)}")
+        return rows.repeat_interleave(batch // len(rows), dim=0)
+
+    def _of_the_backward(self, device: torch.device) -> Call:
         self._ran_again = True
         called = self._with_gradients.get(device) or next(iter(self._with_gradients.values()), [self._last])
         if len(called) > 1:
@@ -130,16 +197,49 @@ def _numbers(tasks: Tasks, names: Sequence[str], batch: int) -> Tensor:
     return tasks.long()
 
 
-def _same(one: Tasks | None, other: Tasks | None) -> bool:
-    def plain(tasks: Tasks | None) -> Any:
-        return tasks.tolist() if isinstance(tasks, Tensor) else tasks if tasks is None else list(tasks)
+def weights_of(preference: Preference, names: Sequence[str]) -> Tensor:
+    """`[T]`, or `[B, T]` of one per sample; by name, or in the order of the names."""
+    if isinstance(preference, Mapping):
+        for name in preference:
+            number(name, names)
+        missing = [name for name in names if name not in preference]
+        if missing:
+            raise ValueError(f"preference: expected a weight for each of {', '.join(names)}, found none for {missing}")
+        preference = [preference[name] for name in names]
+    if isinstance(preference, Tensor):
+        weights = preference
+    else:
+        weights = torch.tensor(preference, dtype=torch.float64)
+    if not weights.is_floating_point() or weights.dim() not in (1, 2) or weights.shape[-1] != len(names):
+        raise ValueError(
+            f"preference: expected floats of shape [{len(names)}] or [B, {len(names)}], one for each of "
+            f"{', '.join(names)}, found {weights.dtype} of shape {list(weights.shape)}"
+        )
+    if not bool((weights >= 0).all()):  # false of NaN too
+        raise ValueError(f"preference: expected weights of 0 or more, found {weights.tolist()}")
+    sums = weights.sum(-1, dtype=torch.float64)
+    if not bool(((sums - 1).abs() <= _SLACK).all()):
+        raise ValueError(f"preference: expected weights that sum to 1, found {weights.tolist()}")
+    return weights
 
-    return plain(one) == plain(other)
+
+def _same(one: Call, other: Call) -> bool:
+    def plain(value: Any) -> Any:
+        return value.tolist() if isinstance(value, Tensor) else list(value) if isinstance(value, tuple) else value
+
+    return plain(one.tasks) == plain(other.tasks) and plain(one.preference) == plain(other.preference)
 
 
-def _check_merged(merged: str, tasks: Tasks | None) -> None:
-    if tasks is None:
-        return
-    named = {tasks} if isinstance(tasks, str) else set(tasks.tolist() if isinstance(tasks, Tensor) else tasks)
-    if named - {merged}:
-        raise ValueError(f"tasks: expected {merged!r}, which is merged into the weights, found {tasks!r}")
+def _check_merged(told: Told, call: Call) -> None:
+    if isinstance(told, str) and call.tasks is not None:
+        tasks = call.tasks
+        named = {tasks} if isinstance(tasks, str) else set(tasks.tolist() if isinstance(tasks, Tensor) else tasks)
+        if named - {told}:
+            raise ValueError(f"tasks: expected {told!r}, which is merged into the weights, found {tasks!r}")
+    if isinstance(told, tuple) and call.preference is not None:
+        wanted = weights_of(dict(told), list(dict(told)))
+        weights = weights_of(call.preference, list(dict(told))).detach().cpu().double()
+        if not torch.allclose(weights, wanted):
+            raise ValueError(
+                f"preference: expected {dict(told)}, which is merged into the weights, found {call.preference!r}"
+            )

@@ -9,10 +9,9 @@ Shapes: `N` tokens, `D` width, `R` ranks, `K` of them chosen per token, `O` outp
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from ._balance import BalancedAdapter, BalancedConfig
 from ._base import register, up_projection
@@ -33,9 +32,6 @@ class FlyLora(BalancedAdapter):
         where_RD = torch.rand(config.r, in_features).argsort(-1) < nonzero
         self.register_buffer("a_RD", torch.randn(config.r, in_features) * std * where_RD)
         self.b_OP = up_projection(out_features, config.r, config)
-
-    def options(self, x_ND: Tensor, tasks_B: Tensor | None) -> dict[str, Any]:
-        return self.choice()
 
 
 @register("FLYLORA", FlyLora)

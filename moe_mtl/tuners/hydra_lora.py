@@ -22,6 +22,8 @@ class HydraLora(RankAdapter):
 
     depends_on_input: ClassVar[str | None] = "a router weighs its up-projections token by token"
 
+    expert: ClassVar[str] = "up-projection"
+
     def __init__(self, in_features: int, out_features: int, config: "HydraLoraConfig"):
         super().__init__(in_features, out_features, config)
         self.a_RD = down_projection(config.r, in_features)
@@ -29,10 +31,11 @@ class HydraLora(RankAdapter):
         self.router_UD = nn.Parameter(torch.empty(config.num_up_projections, in_features))
         nn.init.kaiming_uniform_(self.router_UD, a=math.sqrt(5))
 
-    def options(self, x_ND: Tensor, tasks_B: Tensor | None) -> dict[str, Any]:
+    def options(self, x_ND: Tensor, told: Tensor | None) -> dict[str, Any]:
         gate_NU = at_least_float32(nn.functional.linear(x_ND, self.router_UD.to(x_ND.dtype))).softmax(-1)
         copies_PR = torch.eye(self.config.r, dtype=gate_NU.dtype, device=x_ND.device).repeat(len(self.router_UD), 1)
         return {
+            "weights": gate_NU,
             "gate_NP": gate_NU.repeat_interleave(self.config.r, dim=1),
             "mix_TPR": copies_PR.unsqueeze(0),
             "tasks_G": torch.zeros(min(1, len(x_ND)), dtype=torch.int64, device=x_ND.device),

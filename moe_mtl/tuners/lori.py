@@ -11,6 +11,7 @@ Shapes: `D` width, `R` ranks, `O` output width.
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -34,7 +35,10 @@ class LoRI(RankAdapter):
     def up(self) -> Tensor:
         return self.b_OP * self.mask_OR if hasattr(self, "mask_OR") else self.b_OP
 
-    def as_lora(self, task: int | None) -> tuple[Tensor, Tensor]:
+    def num_trained(self) -> int:
+        return int(self.mask_OR.sum()) if hasattr(self, "mask_OR") else super().num_trained()
+
+    def as_lora(self, told: Any) -> tuple[Tensor, Tensor]:
         return at_least_float32(self.a_RD), at_least_float32(self.up())
 
 

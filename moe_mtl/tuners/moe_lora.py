@@ -33,18 +33,20 @@ class MoELora(RankAdapter):
         nn.init.kaiming_uniform_(self.gate_EV, a=math.sqrt(5))
 
     def gates(self) -> Tensor:
-        """`[T, P]`, in float32 at least."""
-        logits_TE = at_least_float32(self.embedding_TV @ self.gate_EV.t())
-        return logits_TE.softmax(-1).repeat_interleave(self.config.r, dim=1)
+        """`[T, E]`, in float32 at least."""
+        return at_least_float32(self.embedding_TV @ self.gate_EV.t()).softmax(-1)
 
-    def options(self, x_ND: Tensor, tasks_B: Tensor | None) -> dict[str, Any]:
-        assert tasks_B is not None
-        gates_BP = self.gates().index_select(0, tasks_B)
-        return {"gate_NP": gates_BP.repeat_interleave(len(x_ND) // max(1, len(tasks_B)), dim=0)}
+    def options(self, x_ND: Tensor, told: Tensor | None) -> dict[str, Any]:
+        assert told is not None
+        gates_TE = self.gates()
+        gates_BP = gates_TE.repeat_interleave(self.config.r, dim=1).index_select(0, told)
+        return {"gate_NP": gates_BP.repeat_interleave(len(x_ND) // max(1, len(told)), dim=0), "weights": gates_TE}
 
-    def as_lora(self, task: int | None) -> tuple[Tensor, Tensor]:
-        assert task is not None
-        return at_least_float32(self.a_RD), self.b_OP * self.gates()[task]
+    def num_active(self) -> int:
+        return self.num_trained() - self.embedding_TV.numel() + self.config.embedding_dim
+
+    def as_lora(self, told: Any) -> tuple[Tensor, Tensor]:
+        return at_least_float32(self.a_RD), self.b_OP * self.gates()[told].repeat_interleave(self.config.r)
 
 
 @register("MOE_LORA", MoELora)

@@ -21,6 +21,7 @@ class MTLLora(RankAdapter):
     """Differs from the official code in: the tasks' small matrices are weighed, not an up-projection per task."""
 
     by_task: ClassVar[bool] = True
+    expert: ClassVar[str] = "up-projection"
 
     def __init__(self, in_features: int, out_features: int, config: "MTLLoraConfig"):
         super().__init__(in_features, out_features, config)
@@ -32,20 +33,25 @@ class MTLLora(RankAdapter):
         self.logits_TU = nn.Parameter(torch.empty(tasks, ups))
         nn.init.kaiming_uniform_(self.logits_TU, a=math.sqrt(5))
 
-    def mix(self) -> Tensor:
-        """`[T, U R, R]`: each task's matrix, once per up-projection and weighed for it."""
+    def weights(self) -> Tensor:
+        """`[T, U]`."""
+        return (at_least_float32(self.logits_TU) / self.config.temperature).softmax(-1)
+
+    def options(self, x_ND: Tensor, told: Tensor | None) -> dict[str, Any]:
+        """The mix is each task's matrix, once per up-projection and weighed for it: `[T, U R, R]`."""
         lambda_TRR = self.lambda_T.diag_embed() if self.config.diagonal else self.lambda_T
-        weights_TU = (at_least_float32(self.logits_TU) / self.config.temperature).softmax(-1)
-        return (weights_TU[:, :, None, None] * lambda_TRR.unsqueeze(1)).flatten(1, 2)
+        weights_TU = self.weights()
+        mix_TPR = (weights_TU[:, :, None, None] * lambda_TRR.unsqueeze(1)).flatten(1, 2)
+        return {"mix_TPR": mix_TPR, "tasks_G": told, "weights": weights_TU}
 
-    def options(self, x_ND: Tensor, tasks_B: Tensor | None) -> dict[str, Any]:
-        return {"mix_TPR": self.mix(), "tasks_G": tasks_B}
+    def num_active(self) -> int:
+        of_tasks = self.lambda_T.numel() + self.logits_TU.numel()
+        return self.num_trained() - of_tasks + of_tasks // len(self.lambda_T)
 
-    def as_lora(self, task: int | None) -> tuple[Tensor, Tensor]:
-        assert task is not None
-        weights_U = (at_least_float32(self.logits_TU[task]) / self.config.temperature).softmax(-1)
+    def as_lora(self, told: Any) -> tuple[Tensor, Tensor]:
+        weights_U = self.weights()[told]
         b_OR = (self.b_OP.unflatten(1, (len(weights_U), -1)) * weights_U[:, None]).sum(1)
-        lambda_RR = at_least_float32(self.lambda_T[task])
+        lambda_RR = at_least_float32(self.lambda_T[told])
         return (lambda_RR.diag() if self.config.diagonal else lambda_RR) @ at_least_float32(self.a_RD), b_OR
 
 

@@ -33,10 +33,10 @@ class SMoRA(BalancedAdapter):
         self.router_RD = nn.Parameter(torch.empty(config.r, in_features))
         nn.init.kaiming_uniform_(self.router_RD, a=math.sqrt(5))
 
-    def options(self, x_ND: Tensor, tasks_B: Tensor | None) -> dict[str, Any]:
+    def options(self, x_ND: Tensor, told: Tensor | None) -> dict[str, Any]:
         logits_NR = at_least_float32(nn.functional.linear(x_ND, self.router_RD.to(x_ND.dtype)))
         gate_NR = logits_NR.softmax(-1) if self.config.scores == "softmax" else logits_NR.sigmoid()
-        return self.choice() | {"gate_NP": gate_NR, "renormalise": self.config.renormalise}
+        return self.choice() | {"gate_NP": gate_NR, "renormalise": self.config.renormalise, "weights": gate_NR}
 
 
 @register("SMORA", SMoRA)

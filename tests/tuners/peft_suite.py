@@ -47,17 +47,20 @@ def base_model() -> str:
 
 def options_of(config_class: type[RankConfig]) -> dict[str, Any]:
     options: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"], "init_weights": False}
-    if config_class.adapter_class.by_task:
+    if config_class.layer_class is not RankConfig.layer_class:
+        options["target_modules"].append("mlp")  # a block, which such a method must have
+    if config_class.adapter_class.by_task or config_class.adapter_class.by_preference:
         options["tasks"] = TASKS
     return options
 
 
 class TaskChosen(CurrentTasks):
-    """Upstream knows no tasks: one is chosen for all calls."""
+    """Upstream knows no tasks and no preferences: one is chosen for all calls."""
 
     def __init__(self) -> None:
         super().__init__()
         self.always = TASKS[0]
+        self.always_preference = [0.25, 0.75]
 
 
 _base.CurrentTasks = TaskChosen  # type: ignore[misc]

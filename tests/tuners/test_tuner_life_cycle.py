@@ -1,0 +1,146 @@
+"""Adapters through PEFT: saved, loaded, two at a time, in other dtypes; and what no config may say."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel
+from tuner_zoo import BY_TASK, CONFIGS, TASKS, adapted, batch, config_of, llama, targets_of, tasks_for
+
+from moe_mtl.tuners import METHODS, RankConfig, load_adapter
+from moe_mtl.tuners._base import RankLayer
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_saved_and_loaded(config_class: type[RankConfig], tmp_path: Path) -> None:
+    model = adapted(config_class)
+    model.save_pretrained(tmp_path)
+    inputs = batch() | tasks_for(config_class, ["chat", "sql", "code"])
+    expected = model(**inputs).logits
+    loaded = load_adapter(tmp_path, llama())
+    assert torch.equal(loaded(**inputs).logits, expected)
+    assert type(loaded.peft_config["default"]) is config_class
+    assert not [name for name, parameter in loaded.named_parameters() if parameter.requires_grad]
+    again = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True, low_cpu_mem_usage=True)
+    assert torch.equal(again.eval()(**inputs).logits, expected)
+    assert [name for name, parameter in again.named_parameters() if parameter.requires_grad]
+
+
+def test_a_fresh_process_loads_it(tmp_path: Path) -> None:
+    adapted(BY_TASK[0]).save_pretrained(tmp_path)
+    code = f"import moe_mtl.tuners, peft; print(peft.PeftConfig.from_pretrained({str(tmp_path)!r}).tasks)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str(TASKS)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == METHODS[BY_TASK[0]]
+
+
+def test_a_folder_without_an_adapter(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        load_adapter(tmp_path, llama())
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_two_adapters_and_none(config_class: type[RankConfig]) -> None:
+    model = adapted(config_class)
+    inputs = batch() | tasks_for(config_class, ["chat", "sql", "code"])
+    first = model(**inputs).logits
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    model.set_adapter("second")
+    second = model(**inputs).logits
+    assert not torch.equal(first, second)
+    with model.disable_adapter():
+        assert torch.equal(model(**inputs).logits, llama()(**batch()).logits)
+    model.set_adapter("default")
+    assert torch.equal(model(**inputs).logits, first)
+    model.delete_adapter("second")
+    assert torch.equal(model(**inputs).logits, first)
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_a_bfloat16_base(config_class: type[RankConfig]) -> None:
+    config = config_of(config_class, target_modules=targets_of(config_class), task_type="CAUSAL_LM")
+    model = get_peft_model(llama().bfloat16(), config).train()
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    out = model(**batch(), **tasks_for(config_class, TASKS))
+    assert out.logits.dtype == torch.bfloat16
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_autocast(config_class: type[RankConfig]) -> None:
+    model = adapted(config_class).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(**batch(), **tasks_for(config_class, TASKS))
+    out.loss.backward()
+    torch.testing.assert_close(
+        out.logits.float(), model(**batch(), **tasks_for(config_class, TASKS)).logits, rtol=0.1, atol=0.02
+    )
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_what_is_frozen_stays_float32_on_a_bfloat16_base(low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+    for config_class in CONFIGS:
+        config = config_of(config_class, target_modules=targets_of(config_class), task_type="CAUSAL_LM")
+        model = get_peft_model(llama().bfloat16(), config).eval()
+        model.save_pretrained(tmp_path / config.peft_type)
+        loaded = PeftModel.from_pretrained(
+            llama().bfloat16(), tmp_path / config.peft_type, low_cpu_mem_usage=low_cpu_mem_usage
+        ).eval()
+        inputs = batch() | tasks_for(config_class, TASKS)
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+        floats = [b for name, b in loaded.named_buffers() if "moe_adapters" in name and b.is_floating_point()]
+        assert all(buffer.dtype == torch.float32 for buffer in floats), config_class
+
+
+def test_layers_that_store_their_weight_turned(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40)).eval()
+    config = config_of(BY_TASK[0], target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(base, config).eval()
+    ids = batch()["input_ids"]
+    expected = model(input_ids=ids, tasks="chat").logits
+    model.set_task("chat")
+    merged = model.merge_and_unload()
+    assert not [module for module in merged.modules() if isinstance(module, RankLayer)]
+    torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(merged(input_ids=ids, tasks="chat").logits, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="expected 'chat', which is merged"):
+        merged(input_ids=ids, tasks="sql")
+
+
+def test_without_its_adapters_a_model_is_as_before() -> None:
+    base = adapted(BY_TASK[0]).unload()
+    assert not base._forward_pre_hooks
+    assert not base._forward_pre_hooks_with_kwargs
+    assert torch.equal(base(**batch()).logits, llama()(**batch()).logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 0}, "r: expected at least 1, found 0"),
+        ({"scaling": "alpha*r"}, "scaling: expected one of"),
+        ({"dropout": 1.0}, "dropout: expected a share"),
+        ({"bias": "some"}, "bias: expected none or all"),
+        ({"tasks": []}, "tasks: expected a list of those"),
+        ({"tasks": "sql"}, "tasks: expected a list of those .* found 'sql'"),
+        ({"tasks": ["a", "a"]}, "tasks: expected different names"),
+    ],
+)
+def test_bad_configs(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_of(BY_TASK[0], **options)
+
+
+def test_an_embedding_is_no_target() -> None:
+    config = config_of(BY_TASK[0], target_modules=["embed_tokens"])
+    with pytest.raises(ValueError, match=r"expected linear layers, found model\.embed_tokens"):
+        get_peft_model(llama(), config)
