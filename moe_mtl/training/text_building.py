@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..hub import zoo
 from ..naming import nearest
-from ..tuners import METHODS, RankConfig, load_adapter
+from ..tuners import RankConfig, load_adapter
 from .building import freeze
 from .recipe import AdapterSection, ModelSection, Recipe, RecipeError
 
@@ -120,7 +120,8 @@ def _adapted(base: Any, section: AdapterSection, tasks: Sequence[str]) -> PeftMo
             why = "comes from the data" if key in fields else "has no such field"
             raise RecipeError(f"model.adapter: unknown key {key!r}: {section.method} {why}{nearest(key, fields)}")
     given = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"} | section.config
-    if config_class in METHODS and issubclass(config_class, RankConfig) and config_class.adapter_class.by_task:
+    kind: Any = config_class.adapter_class if issubclass(config_class, RankConfig) else None
+    if kind is not None and (kind.by_task or kind.by_preference):
         given["tasks"] = list(tasks)
     if method == "POLY":
         given.setdefault("n_tasks", len(tasks))

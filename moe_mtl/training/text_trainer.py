@@ -21,7 +21,7 @@ from ..data.text import IGNORED, TokenTable, collate
 from ..tuners import BalanceRanks, RankTuner
 from .crash_safe import CrashSafeTrainer
 from .metrics import Metrics, mean_metrics
-from .recipe import EarlyStopping
+from .recipe import EarlyStopping, RecipeError
 from .sampling import BatchLoader
 from .stopping import BestWeights
 
@@ -56,7 +56,7 @@ def task_keyword(model: nn.Module) -> str | None:
     if not isinstance(model, PeftModel):
         return None
     if isinstance(model.base_model, RankTuner):
-        return "tasks"
+        return "preference" if model.active_peft_config.adapter_class.by_preference else "tasks"
     return "task_ids" if model.active_peft_config.peft_type == "POLY" else None
 
 
@@ -83,7 +83,7 @@ def evaluate_text(model: nn.Module, table: TokenTable, batch_size: int, pad: int
     try:
         for batch in table.batches(batch_size, pad):
             rows_B, labels_BL = batch.pop("rows"), batch.pop("labels")[:, 1:].to(device)
-            inputs = _named(batch, keyword)
+            inputs = _named(batch, keyword, len(table.tasks))
             logits_BLC = model(**{key: value.to(device) for key, value in inputs.items()}, use_cache=False).logits
             logits_BLC = logits_BLC[:, :-1]
             asked_BL = labels_BL != IGNORED
@@ -141,7 +141,9 @@ class TextTrainer(CrashSafeTrainer):
         early_stopping: EarlyStopping | None = None,
         **options: Any,
     ):
-        self.keyword, self.pad = task_keyword(model), pad_token(tokenizer)
+        self.keyword, self.pad, self.num_tasks = task_keyword(model), pad_token(tokenizer), len(train.tasks)
+        if packed is not None and self.keyword == "task_ids":
+            raise RecipeError("train.packing: expected a method that takes a task per token, found poly")
         rows: Any = train if packed is None else packed
         super().__init__(
             model,
@@ -153,7 +155,7 @@ class TextTrainer(CrashSafeTrainer):
             processing_class=tokenizer,
             **options,
         )
-        if self.keyword == "tasks":
+        if isinstance(model, PeftModel) and isinstance(model.base_model, RankTuner):
             self.add_callback(BalanceRanks())
         if early_stopping is not None:
             trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -170,14 +172,30 @@ class TextTrainer(CrashSafeTrainer):
         return BatchLoader(rows, batches, pin, self.args.process_index, self.args.world_size)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's own, watched."""
-        found = super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+        """The model's own, watched; of a model that mixes tasks, `sum_t lambda_t L_t` for a `lambda` that is drawn."""
+        inputs = {**inputs, "use_cache": False}
+        found: Any
+        if self.keyword == "preference" and model.training:
+            found = self._weighed(model, inputs, kwargs.get("num_items_in_batch"))
+        else:
+            found = super().compute_loss(model, inputs, *args, **kwargs)
         if model.training:
             loss = found[0] if isinstance(found, tuple) else found
             self.watch.add({"all of them": loss})
             if self.args.device.type == "cpu":  # elsewhere reading a value stalls the device
                 self.watch.require_finite(self.state.global_step, self.state.epoch)
         return found
+
+    def _weighed(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
+        """One preference for the batch, near the corners of the simplex, where single tasks are, and between them."""
+        tasks, labels_BL = inputs.pop("tasks"), inputs.pop("labels")
+        weights_T = torch.distributions.Dirichlet(torch.full((self.num_tasks,), 1 / self.num_tasks)).sample()
+        weights_T = weights_T.to(labels_BL.device)
+        logits_BLC = model(**inputs, preference=weights_T).logits[:, :-1].float()
+        labels_BL = labels_BL[:, 1:]
+        nats_BL = F.cross_entropy(logits_BLC.transpose(1, 2), labels_BL, ignore_index=IGNORED, reduction="none")
+        weights = weights_T[tasks[:, 1:] if tasks.dim() == 2 else tasks[:, None]] * self.num_tasks
+        return (nats_BL * weights).sum() / ((labels_BL != IGNORED).sum() if num_items is None else num_items)
 
     def evaluate(  # type: ignore[override]
         self, eval_dataset: TokenTable | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -231,11 +249,15 @@ class _Rows(Dataset):
         return len(self.rows)
 
     def __getitems__(self, chosen: Tensor) -> dict[str, Tensor]:
-        return _named(collate([self.rows[int(i)] for i in chosen], self.pad), self.keyword)
+        batch = collate([self.rows[int(i)] for i in chosen], self.pad)
+        return batch if self.keyword == "preference" else _named(batch, self.keyword, 0)
 
 
-def _named(batch: dict[str, Tensor], keyword: str | None) -> dict[str, Tensor]:
+def _named(batch: dict[str, Tensor], keyword: str | None, num_tasks: int) -> dict[str, Tensor]:
+    """Tasks under the keyword; to a model that mixes tasks, each sample prefers its own."""
     tasks = batch.pop("tasks")
+    if keyword == "preference":
+        return batch | {keyword: F.one_hot(tasks, num_tasks).float()}
     return batch if keyword is None else batch | {keyword: tasks}
 
 

@@ -119,6 +119,8 @@ class CurrentTasks:
     def of_samples(self, names: Sequence[str], x: Tensor) -> Tensor:
         """The number in `names` of each sample's task, `[B]`, for `x` of shape `[B, ..., D]`.
 
+        Where the call had tasks of shape `[B, L]`, one per token of packed samples, of each token's: `[B L]`.
+
         Raises:
             ValueError: no task was given, an unknown one, or as many as do not fit the batch.
         """
@@ -129,6 +131,13 @@ class CurrentTasks:
                 "call the model with tasks=[...], or choose one for all calls with set_task"
             )
         key = ("tasks", tuple(names), len(x), x.device, again)
+        if isinstance(call.tasks, Tensor) and call.tasks.dim() == 2:
+            if call.tasks.shape != x.shape[:-1]:
+                found = f"{list(call.tasks.shape)} for a layer that sees {list(x.shape)}"
+                raise ValueError(f"tasks: expected one per sample, or one per token of every layer, found {found}")
+            if key not in self._known:
+                self._known[key] = _numbers(call.tasks.flatten(), names, call.tasks.numel()).to(x.device)
+            return self._known[key]
         if key not in self._known:
             ids_B = _numbers(call.tasks, names, len(x)).to(x.device)
             self._known[key] = self._per_row("tasks", ids_B, len(x))

@@ -42,6 +42,19 @@ def test_a_missing_or_unknown_task_is_an_error(config_class: type[RankConfig], t
         model(**batch(), tasks=tasks)
 
 
+@pytest.mark.parametrize("config_class", BY_TASK)
+def test_packed_samples_have_a_task_per_token(config_class: type[RankConfig]) -> None:
+    model = adapted(config_class)
+    ids = batch()["input_ids"]
+    apart = model(input_ids=ids, tasks=["code", "sql", "code"], use_cache=False).logits
+    packed = {"input_ids": ids.view(1, -1), "position_ids": torch.arange(5).repeat(3).unsqueeze(0), "use_cache": False}
+    tasks = torch.tensor([2, 0, 2]).repeat_interleave(5).unsqueeze(0)
+    together = model(**packed, tasks=tasks).logits
+    torch.testing.assert_close(together.view_as(apart), apart, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"one per token of every layer, found \[1, 14\]"):
+        model(**packed, tasks=tasks[:, :-1])
+
+
 def test_a_task_set_for_all_calls_and_inside_a_block() -> None:
     model = adapted(BY_TASK[0])
     ids = batch()["input_ids"]
