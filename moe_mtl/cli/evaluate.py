@@ -54,10 +54,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _on_files(folder: Any, files: list[str]) -> Any:
     from ..data import TabularProcessor, TensorTable
+    from ..data.instruct import read_examples
+    from ..hub import is_text_model
     from ..models import AutoModelForMultiTask
     from ..training.evaluation import evaluate_table
     from ..training.saved import batch_size_of
 
+    if is_text_model(folder):
+        from ..training.text_run import evaluate_examples
+
+        return evaluate_examples(folder, list(read_examples(files)), batch_size_of(folder))
     processor = TabularProcessor.from_pretrained(folder)
     rows = TensorTable(processor(files))
     model = AutoModelForMultiTask.from_pretrained(folder)

@@ -1,15 +1,19 @@
 """Saves the smaller model that answers some tasks only, with a processor that asks for their labels only.
 
   moe-mtl extract runs/digits-mmoe digit --output runs/digit
+  moe-mtl extract mtl-lora-word-edits reverse --output runs/reverse
 
-Its answers are those of the full model; what each architecture saves, moe-mtl cost tells.
+Of an adapter on a language model a task alone is a plain LoRA, or with --merge a language model without adapters:
+both run where moe_mtl is not installed.
+
+The answers are those of the full model; what each architecture saves, moe-mtl cost tells.
 """
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from ._arguments import Parser
+from ._arguments import Parser, UsageError
 from ._console import print_json, quiet_libraries, say
 
 
@@ -21,13 +25,23 @@ def configure(parser: Parser) -> None:
         action="store_true",
         help="absorb batch norms into the weights (HoME): faster, and equal to rounding instead of to the bit",
     )
+    parser.add_argument("--merge", action="store_true", help="of an adapter: write the whole model, its task merged in")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
     parser.add_json()
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from ..hub import is_text_model, resolve
+
     with quiet_libraries():
-        told = extract(arguments.model, arguments.tasks, arguments.output, arguments.fold)
+        if is_text_model(folder := resolve(arguments.model)):
+            if arguments.fold or len(arguments.tasks) > 1:
+                raise UsageError("of an adapter expected one task and no --fold")
+            told = extract_adapter(folder, arguments.tasks[0], arguments.output, arguments.merge)
+        elif arguments.merge:
+            raise UsageError("--merge is for adapters on language models; this model answers rows of a table")
+        else:
+            told = extract(folder, arguments.tasks, arguments.output, arguments.fold)
     if arguments.json:
         print_json(told)
         return
@@ -67,3 +81,29 @@ def extract(model: str | Path, tasks: list[str], output: str | Path, fold: bool 
         "parameters": small.num_parameters(),
         "parameters_of_all": type(small).count_parameters(type(small).config_class.from_pretrained(folder)),
     }
+
+
+def extract_adapter(folder: Path, task: str, output: str | Path, merge: bool = False) -> dict[str, Any]:
+    """Writes one task's LoRA, or the model that it is merged into, whole or not at all, and tells what is in it."""
+    from ..files import staged_folder
+    from ..hub import ADAPTER, write_manifest
+    from ..training.text_run import load_text
+    from ..tuners import extract_task
+
+    if not (folder / ADAPTER).is_file():
+        raise UsageError(f"expected an adapter, found a language model: {folder} answers all its tasks with all of it")
+    model, tokenizer, known = load_text(folder)
+    parameters_of_all = model.num_parameters()
+    kind = model.active_peft_config.adapter_class
+    if kind.by_preference:
+        lora = extract_task(model, preference={name: float(name == task) for name in [*(known or ()), task]})
+    else:
+        lora = extract_task(model, task if kind.by_task else None)
+    small = lora.merge_and_unload() if merge else lora
+    with staged_folder(output) as staging:
+        small.save_pretrained(str(staging))
+        tokenizer.save_pretrained(staging)
+        (staging / "README.md").unlink(missing_ok=True)
+        write_manifest(staging)
+    parameters = small.num_parameters()
+    return {"output": str(output), "tasks": [task], "parameters": parameters, "parameters_of_all": parameters_of_all}

@@ -16,23 +16,26 @@ def run(arguments: argparse.Namespace) -> None:
     from ..hub import zoo
 
     found = [_row(name, folder) for name, folder in zoo().items()]
-    types = _types()
+    types, methods = _types(), _methods()
     if arguments.json:
-        print_json({"models": found, "types": types})
+        print_json({"models": found, "types": types, "methods": methods})
         return
     print(f"Models of the zoo, for from_pretrained and every command that takes a MODEL:\n\n{table(found)}\n")
-    print(f"Model types, for model.type of a recipe:\n\n{table(types)}")
+    print(f"Model types, for model.type of a recipe:\n\n{table(types)}\n")
+    print(f"Methods on a language model, for model.adapter.method of a recipe:\n\n{table(methods)}")
 
 
 def _row(name: str, folder: Path) -> dict[str, Any]:
-    from ..hub import read_config
+    from ..files import read_json
+    from ..hub import ADAPTER, read_config
 
-    config = read_config(folder)
+    adapter = (folder / ADAPTER).is_file()
+    config = read_json(folder, ADAPTER) if adapter else read_config(folder)
     return {
         "name": name,
-        "type": config["model_type"],
+        "type": str(config["peft_type"]).lower() if adapter else config["model_type"],
         "parameters": _parameters(folder, config),
-        "tasks": [task["name"] for task in config.get("tasks") or []],
+        "tasks": [task if isinstance(task, str) else task["name"] for task in config.get("tasks") or []],
         "test": _test(folder),
     }
 
@@ -73,6 +76,19 @@ def _types() -> list[dict[str, Any]]:
     return [
         {"type": name, "paper": _summary(sys.modules[cls.__module__].__doc__)} for name, cls in sorted(REGISTRY.items())
     ]
+
+
+def _methods() -> list[dict[str, Any]]:
+    import sys
+
+    from ..tuners import METHODS
+
+    modules = {str(name).lower(): sys.modules[config.__module__] for config, name in METHODS.items()}
+    return [{"method": name, "paper": _paper(module.__doc__)} for name, module in sorted(modules.items())]
+
+
+def _paper(text: str | None) -> str:
+    return " ".join((text or "").strip().partition("\n\n")[0].split()).rstrip(".")
 
 
 def _summary(text: str | None) -> str:

@@ -2,6 +2,10 @@
 
   moe-mtl predict runs/digits-mmoe rows.csv --output answers.parquet --keep id
   moe-mtl predict runs/digits-mmoe rows.csv --task digit | head
+  moe-mtl predict mtl-lora-word-edits prompts.jsonl --task reverse
+
+A language model, or an adapter on one, answers JSON lines that have prompt or messages, and task unless --task says it
+for all.
 
 Columns: a binary task gives its probability, a regression its value, a multi-class task the most likely class and, as
 <task>/<class>, all probabilities. Metrics taken from the file are those of moe-mtl evaluate, to the last bit.
@@ -23,15 +27,21 @@ def configure(parser: Parser) -> None:
     parser.add_argument("--task", nargs="+", action="extend", metavar="TASK", help="answer these only")
     parser.add_argument("--keep", nargs="+", action="extend", default=[], metavar="COLUMN", help="carry these along")
     parser.add_argument("--batch-size", type=positive, metavar="N", help="by default what evaluation used")
+    parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="of text: of the longest answer; 256")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from ..hub import resolve
+    from ..hub import is_text_model, resolve
     from ..training.saved import batch_size_of
 
     if arguments.keep and not arguments.output:
         raise UsageError("--keep writes columns into a file: it needs --output")
     folder = resolve(arguments.model)
+    if is_text_model(folder):
+        _text(folder, arguments)
+        return
+    if arguments.max_new_tokens:
+        raise UsageError("--max-new-tokens is for language models; this one answers rows of a table")
     batch_size = arguments.batch_size or batch_size_of(folder)
     with quiet_libraries():
         if arguments.output is None:
@@ -42,6 +52,31 @@ def run(arguments: argparse.Namespace) -> None:
         done = predict_file(folder, arguments.rows, arguments.output, arguments.task, arguments.keep, batch_size)
     columns = ", ".join([*done.columns[:8], *["..."] * (len(done.columns) > 8)])
     say(f"wrote {done.path}: {done.rows:,} rows, columns {columns}")
+
+
+def _text(folder: Path, arguments: argparse.Namespace) -> None:
+    from ..files import write_atomically
+    from ..training.text_predict import predict_text
+
+    tasks = arguments.task or [None]
+    if len(tasks) > 1 or arguments.keep:
+        raise UsageError("of a language model expected at most one --task and no --keep, which keeps columns of tables")
+    if arguments.output is not None and not arguments.output.endswith(".jsonl"):
+        raise UsageError(
+            f"--output: expected a name that ends in .jsonl for answers in words, found {arguments.output}"
+        )
+    with quiet_libraries():
+        answers = predict_text(
+            folder, arguments.rows, tasks[0], arguments.batch_size or 16, arguments.max_new_tokens or 256
+        )
+        lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+        if arguments.output is None:
+            for line in lines:
+                sys.stdout.write(line)
+            return
+        written = list(lines)
+        write_atomically(Path(arguments.output), "".join(written))
+    say(f"wrote {arguments.output}: {len(written):,} answers")
 
 
 def _to_stdout(folder: Path, rows: str, tasks: list[str] | None, batch_size: int) -> None:

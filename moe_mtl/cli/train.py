@@ -21,6 +21,7 @@ def configure(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from ..data import is_text
     from ..training.recipe import find_recipe, load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
@@ -45,4 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     record = result.record
     took = f"{record['steps']:,} steps in {record['seconds']['train']:.1f} s"
     say(f"\n{record['parameters']:,} parameters, {took}; saved in {output}")
-    say(f"next: moe-mtl cost {output}; moe-mtl predict {output} ROWS.csv --output answers.csv")
+    if is_text(recipe.data.name):
+        say(f"next: moe-mtl predict {output} PROMPTS.jsonl --output answers.jsonl")
+    else:
+        say(f"next: moe-mtl cost {output}; moe-mtl predict {output} ROWS.csv --output answers.csv")

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..naming import nearest
 from .errors import DataError
-from .text import Example, TextSplits
+from .text import Example, Messages, TextSplits
 
 FIELDS = ("task", "prompt", "completion", "messages")
 ROLES = ("system", "user", "assistant", "tool")
@@ -55,7 +55,7 @@ def load(options: Options) -> TextSplits:
     digest = hashlib.sha256()
     for name in parts:
         where = {"train": options.path}.get(name, getattr(options, name, None))
-        for example in () if where is None else _read(where, options.chat, digest):
+        for example in () if where is None else read_examples(where, options.chat, digest):
             parts[name].append(example)
     given = list(parts["train"])
     held = {0: "test", 1: "validation"}
@@ -77,25 +77,80 @@ def load(options: Options) -> TextSplits:
     return TextSplits(**parts, tasks=found, info=info).only(tasks)
 
 
-def _read(paths: str | Sequence[str], chat: bool, digest: Any) -> Iterator[Example]:
+@dataclass(frozen=True)
+class Prompt:
+    """A line without its answer.
+
+    Attributes:
+        task: its name, None where neither the line nor the caller says it.
+        text: what is asked.
+        fields: the line as it stands.
+        where: file and number of the line.
+    """
+
+    task: str | None
+    text: str | Messages
+    fields: dict[str, Any]
+    where: str
+
+
+def read_prompts(path: str, task: str | None = None) -> list[Prompt]:
+    """Lines to be answered: `prompt`, or `messages` that end with what is asked; `task`; other fields stay.
+
+    Args:
+        path: file of JSON lines (also `.gz`).
+        task: of lines that say none.
+
+    Raises:
+        DataError: no such file, a malformed line, with its number.
+    """
+    found = []
+    for content, where in _lines(path):
+        if ("messages" in content) == ("prompt" in content):
+            raise DataError(f"{where}: expected prompt or messages, found {', '.join(content)}")
+        text = content.get("prompt")
+        if "messages" in content:
+            text = _messages(content["messages"], where, answered=False)
+        elif not isinstance(text, str):
+            raise DataError(f"{where}: prompt: expected a text, found {text!r:.80}")
+        own = content.get("task", task)
+        if own is not None and not isinstance(own, str):
+            raise DataError(f"{where}: task: expected a name, found {own!r:.80}")
+        found.append(Prompt(own, text, content, where))
+    return found
+
+
+def read_examples(paths: str | Sequence[str], chat: bool = False, digest: Any = None) -> Iterator[Example]:
+    """Lines with their answers; raises DataError as `load` does."""
     for path in [paths] if isinstance(paths, str) else paths:
-        try:
-            with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
-                for number, line in enumerate(file, 1):
+        for content, where in _lines(path, digest):
+            yield _example(content, chat, where)
+
+
+def _lines(path: str, digest: Any = None) -> Iterator[tuple[dict[str, Any], str]]:
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if digest is not None:
                     digest.update(line)
-                    if line.strip():
-                        yield _example(line, chat, f"{Path(path).name}, line {number}")
-        except OSError as error:
-            raise DataError(f"instruct: {path}: {error.strerror or error}") from None
+                if line.strip():
+                    where = f"{Path(path).name}, line {number}"
+                    yield _object(line, where), where
+    except OSError as error:
+        raise DataError(f"instruct: {path}: {error.strerror or error}") from None
 
 
-def _example(line: bytes, chat: bool, where: str) -> Example:
+def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: expected a JSON object, found no JSON ({error})") from None
     if not isinstance(content, dict):
         raise DataError(f"{where}: expected a JSON object, found {content!r:.80}")
+    return content
+
+
+def _example(content: dict[str, Any], chat: bool, where: str) -> Example:
     for key in content:
         if key not in FIELDS:
             raise DataError(f"{where}: unknown field {key!r}{nearest(key, FIELDS)}")
@@ -116,9 +171,10 @@ def _example(line: bytes, chat: bool, where: str) -> Example:
     return Example(task, content["prompt"], content["completion"])
 
 
-def _messages(messages: Any, where: str) -> list[dict[str, str]]:
-    if not isinstance(messages, list) or len(messages) < 2:
-        raise DataError(f"{where}: messages: expected a list of at least two, found {messages!r:.80}")
+def _messages(messages: Any, where: str, answered: bool = True) -> Messages:
+    if not isinstance(messages, list) or len(messages) < 1 + answered:
+        number = "two" if answered else "one"
+        raise DataError(f"{where}: messages: expected a list of at least {number}, found {messages!r:.80}")
     for i, message in enumerate(messages):
         fields = message if isinstance(message, dict) else {}
         if set(fields) != {"role", "content"} or not isinstance(fields["content"], str):
@@ -126,7 +182,7 @@ def _messages(messages: Any, where: str) -> list[dict[str, str]]:
         if fields["role"] not in ROLES:
             expected = ", ".join(ROLES)
             raise DataError(f"{where}: messages[{i}]: role: expected one of {expected}, found {fields['role']!r}")
-    if messages[-1]["role"] != "assistant":
+    if answered and messages[-1]["role"] != "assistant":
         raise DataError(f"{where}: messages: expected the last one from the assistant, found {messages[-1]['role']}")
     return messages
 

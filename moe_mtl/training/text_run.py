@@ -3,7 +3,7 @@
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from ..data.text import TextSplits, TokenTable, encode
+from ..data import DataError
+from ..data.text import Example, TextSplits, TokenTable, encode
 from ..files import staged_folder, write_atomically
 from ..hub import write_manifest
 from ..tuners import load_adapter
@@ -99,13 +100,36 @@ def load_text(folder: Path) -> tuple[Any, Any, list[str] | None]:
 
 def evaluate_saved_text(folder: Path, split: str, recipe: Recipe) -> TextEvaluation:
     """Measures a saved language model or adapter again."""
-    model, tokenizer, tasks = load_text(folder)
     splits = load_data(recipe)
     assert isinstance(splits, TextSplits)
     if recipe.model.tasks is not None:
         splits = splits.only(recipe.model.tasks)
-    table = encode_split(recipe, splits.parts()[split], tokenizer, tasks or splits.tasks)
-    return evaluate_text(model, table, recipe.train.eval_batch_size, pad_token(tokenizer))
+    train = recipe.train
+    return evaluate_examples(
+        folder, splits.parts()[split], train.eval_batch_size, splits.tasks, train.max_length, train.truncate
+    )
+
+
+def evaluate_examples(
+    folder: Path,
+    examples: Sequence[Example],
+    batch_size: int,
+    tasks: Sequence[str] | None = None,
+    max_length: int | None = None,
+    truncate: bool = False,
+) -> TextEvaluation:
+    """Measures a saved language model or adapter on examples.
+
+    Raises:
+        DataError: an example of a task that the adapter does not know.
+    """
+    model, tokenizer, own = load_text(folder)
+    known = own or tasks or sorted({example.task for example in examples})
+    for row, example in enumerate(examples):
+        if example.task not in known:
+            raise DataError(f"task: expected one of {', '.join(known)}, found {example.task!r}", row=row)
+    table = encode(examples, tokenizer, known, max_length, truncate)
+    return evaluate_text(model, table, batch_size, pad_token(tokenizer))
 
 
 def encode_split(recipe: Recipe, examples: Any, tokenizer: Any, tasks: list[str]) -> TokenTable:

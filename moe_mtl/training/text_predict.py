@@ -1,0 +1,71 @@
+"""Prompts in, answers out: greedy decoding in batches, the same for a language model, an adapter and one task of it.
+
+Shapes: `B` prompts of a batch, `L` tokens of the longest.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import DataError
+from ..data.instruct import Prompt, read_prompts
+from ..data.text import prompt_tokens
+from ..naming import nearest
+from .text_run import load_text
+from .text_trainer import pad_token, task_keyword
+
+
+def predict_text(
+    folder: Path, path: str, task: str | None = None, batch_size: int = 16, max_new_tokens: int = 256
+) -> Iterator[dict[str, Any]]:
+    """Answers of a saved language model or adapter, in the order of the lines.
+
+    Args:
+        folder: of the model.
+        path: JSON lines with `prompt` or `messages`, and `task` unless `task` is given.
+        task: of all prompts.
+        batch_size: prompts at a time.
+        max_new_tokens: of the longest answer.
+
+    Yields:
+        the line's own fields, with `completion`.
+
+    Raises:
+        DataError: a malformed line, with its number; a task that the adapter does not know; before anything is
+            answered.
+    """
+    prompts = read_prompts(path, task)
+    model, tokenizer, known = load_text(folder)
+    for prompt in prompts:
+        if known is not None and prompt.task not in known:
+            near = nearest(str(prompt.task), known)
+            raise DataError(f"{prompt.where}: task: expected one of {', '.join(known)}, found {prompt.task!r}{near}")
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        for prompt, answer in zip(batch, _answers(model, tokenizer, known, batch, max_new_tokens), strict=True):
+            yield prompt.fields | {"completion": answer}
+
+
+@torch.inference_mode()
+def _answers(
+    model: Any, tokenizer: Any, known: list[str] | None, prompts: Sequence[Prompt], max_new_tokens: int
+) -> list[str]:
+    ids = [prompt_tokens(prompt.text, tokenizer) for prompt in prompts]
+    longest, pad = max(map(len, ids)), pad_token(tokenizer)
+    inputs = {
+        "input_ids": torch.tensor([[pad] * (longest - len(one)) + one for one in ids]),
+        "attention_mask": torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in ids]),
+    }
+    keyword = task_keyword(model)
+    if known is not None:
+        numbers = torch.tensor([known.index(str(prompt.task)) for prompt in prompts])
+        if keyword == "preference":
+            inputs["preference"] = torch.nn.functional.one_hot(numbers, len(known)).float()
+        elif keyword == "tasks":
+            inputs["tasks"] = numbers
+    device = next(model.parameters()).device
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    found = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
+    return tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)
