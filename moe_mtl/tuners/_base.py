@@ -50,6 +50,8 @@ class RankConfig(PeftConfig):
         scaling: `alpha/r` (LoRA), `alpha/sqrt(r)` (rsLoRA, Kalajdzievski 2023), or `alpha` as it is (MTLoRA).
         dropout: of what enters the down-projection, in training.
         target_modules: names, or a pattern, of the layers to adapt; by default those that PEFT's LoRA would take.
+        target_parameters: must be None: tensors that are no layer of their own, as the stacked experts of a
+            mixture, cannot be adapted.
         exclude_modules: of these, the ones to leave alone.
         layers_to_transform, layers_pattern: as in PEFT's LoRA.
         modules_to_save: layers to train in full and to save with the adapter.
@@ -63,6 +65,7 @@ class RankConfig(PeftConfig):
     scaling: str = "alpha/r"
     dropout: float = 0.0
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -79,6 +82,11 @@ class RankConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        if self.target_parameters:
+            raise ValueError(
+                f"target_parameters: expected none, as {self.peft_type} adapts layers that are called; "
+                f"found {self.target_parameters}, for which PEFT's LoRA can be had"
+            )
         if self.r < 1:
             raise ValueError(f"r: expected at least 1, found {self.r}")
         if self.scaling not in SCALINGS:
@@ -102,7 +110,8 @@ class RankConfig(PeftConfig):
 
     def layer_class(self, base: nn.Module) -> "type[RankLayer] | None":
         """What wraps a target; None for one that cannot be."""
-        return RankLayer if isinstance(base, (nn.Linear, Conv1D)) or hasattr(base, "in_features") else None
+        known = isinstance(base, (nn.Linear, Conv1D)) or hasattr(base, "in_features")
+        return RankLayer if known and not callable(getattr(base, "weight", None)) else None  # as torch.ao's are
 
     def default_targets(self, model: nn.Module, targets: set[str]) -> set[str]:
         """What is adapted where no targets are named, of which PEFT's LoRA would take these."""
@@ -453,7 +462,8 @@ class RankTuner(BaseTuner):
         layer_class = peft_config.layer_class(base)
         if layer_class is None:
             raise ValueError(
-                f"target_modules: expected linear layers, found {current_key} of type {type(base).__name__}"
+                f"target_modules: expected linear layers, found {current_key} of type "
+                f"{type(base).__module__}.{type(base).__qualname__}"
             )
         layer = layer_class(target, self.current_tasks, current_key)
         layer.update_layer(adapter_name, peft_config)

@@ -6,6 +6,7 @@ backward, where the loss is made already. There the term hangs on the layer's ou
 receives the gradient of the loss, which by then is known.
 """
 
+import threading
 from typing import Any
 
 import torch
@@ -16,20 +17,21 @@ class AddedLosses:
     """Shared by all adapter layers of one model.
 
     Attributes:
-        terms: of the layers that ran since the last call began.
+        terms: of the layers that ran since the last call began, by thread: the replicas of a data-parallel model run
+            side by side, each in its own.
     """
 
     def __init__(self) -> None:
-        self.terms: list[Tensor] = []
+        self.terms: dict[int, list[Tensor]] = {}
         self.scale: Tensor | None = None  # gradient of one term, in the backward
 
     def enter(self, *_: Any) -> None:
         """Forward pre-hook of the base model."""
-        self.terms.clear()
+        self.terms.pop(threading.get_ident(), None)
 
     def leave(self, model: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook of the base model: adds the terms to the loss, where the output has one."""
-        terms, self.terms = self.terms, []
+        terms = self.terms.pop(threading.get_ident(), [])
         loss = output.get("loss") if isinstance(output, dict) else output[0] if isinstance(output, tuple) else None
         if not terms or not isinstance(loss, Tensor) or loss.dim():
             return output
@@ -43,7 +45,7 @@ class AddedLosses:
     def add(self, term: Tensor, y: Tensor) -> Tensor:
         """Adds a term to the loss; returns `y`, which the layer must go on with."""
         if torch._C._current_graph_task_id() == -1:
-            self.terms.append(term)
+            self.terms.setdefault(threading.get_ident(), []).append(term)
             return y
         return _Hung.apply(y, term, self)  # runs again, in a backward
 

@@ -1,6 +1,8 @@
 """MixLoRA: a feed-forward block against its equation, what it computes once, its loss, and what it takes as a block."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -217,6 +219,22 @@ def test_two_calls_and_one_backward(reentrant: bool) -> None:
 
     for one, other in zip(gradients(False), gradients(True), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_calls_side_by_side_have_each_their_own() -> None:
+    """As the replicas of a data-parallel model have."""
+    model = adapted(MixLoraConfig, balance_coef=0.5).train()
+    inputs = [batch(samples) for samples in (1, 2, 3, 4)]
+    expected = [model(**each).loss for each in inputs]
+    all_there = threading.Barrier(len(inputs))
+
+    def wait(*_: Any) -> None:
+        all_there.wait(60)
+
+    model.get_base_model().model.layers[1].register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        found = list(pool.map(lambda each: model(**each).loss, inputs))
+    torch.testing.assert_close(found, expected)
 
 
 # --- targets ---

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from tuner_zoo import BY_TASK, CONFIGS, TASKS, adapted, batch, config_of, llama, targets_of, tasks_for
 
 from moe_mtl.tuners import METHODS, RankConfig, load_adapter
@@ -127,6 +127,7 @@ def test_without_its_adapters_a_model_is_as_before() -> None:
     ("options", "message"),
     [
         ({"r": 0}, "r: expected at least 1, found 0"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters: expected none, .* found .'experts"),
         ({"scaling": "alpha*r"}, "scaling: expected one of"),
         ({"dropout": 1.0}, "dropout: expected a share"),
         ({"bias": "some"}, "bias: expected none or all"),
@@ -138,6 +139,27 @@ def test_without_its_adapters_a_model_is_as_before() -> None:
 def test_bad_configs(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_of(BY_TASK[0], **options)
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_of_a_mixture_the_stacked_experts_are_no_target_and_the_rest_is(config_class: type[RankConfig]) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    more = {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "num_experts": 4, "vocab_size": 40}
+
+    def base() -> Qwen2MoeForCausalLM:
+        return Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, **more, num_key_value_heads=2)).eval()
+
+    with pytest.raises(ValueError, match=r"found model\.layers\.0\.mlp\.experts of type .*Qwen2MoeExperts"):
+        get_peft_model(base(), config_of(config_class, target_modules=["q_proj", "experts", "shared_expert"]))
+    targets = ["q_proj", "shared_expert" if targets_of(config_class)[-1] == "mlp" else "shared_expert.down_proj"]
+    model = get_peft_model(base(), config_of(config_class, target_modules=targets, task_type="CAUSAL_LM")).train()
+    if config_class.adapter_class.by_task or config_class.adapter_class.by_preference:
+        with pytest.raises(ValueError, match="expected 15, one per sample, found 3"):  # whose tokens lie in one row
+            model(**batch(), **tasks_for(config_class, TASKS))
+        return
+    model(**batch()).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_an_embedding_is_no_target() -> None:

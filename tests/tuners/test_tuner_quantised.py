@@ -111,6 +111,21 @@ def test_an_adapter_is_not_rounded_to_the_type_of_its_base() -> None:
                 assert not torch.equal(tensor, rounded) or tensor.unique().tolist() == [0.0, 1.0], name
 
 
+def test_a_layer_that_hides_its_weight_is_refused() -> None:
+    """As those of `torch.ao.quantization` do, which have no backward either."""
+
+    class Hidden(nn.Module):
+        in_features, out_features = 16, 16
+
+        def weight(self) -> Tensor:
+            raise NotImplementedError
+
+    base = llama()
+    base.model.layers[0].self_attn.q_proj = Hidden()
+    with pytest.raises(ValueError, match=r"expected linear layers, found model\.layers\.0\.self_attn\.q_proj of type"):
+        get_peft_model(base, config_of(CONFIGS[0], target_modules=["q_proj"]))
+
+
 @pytest.mark.parametrize("config_class", MERGEABLE)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merge_is_refused(config_class: type[RankConfig], kind: str) -> None:
