@@ -213,8 +213,8 @@ def task_names(number: int) -> list[str]:
     return [f"task_{i}" for i in range(number)]
 
 
-def settings(config_class: type[PeftConfig], options: Options, tasks: int, **given: Any) -> PeftConfig:
-    """A config of a method, from the fields that its class has: the same rank, scale and layers for all.
+def settings(config_class: type[PeftConfig], options: Options, number: int, /, **given: Any) -> PeftConfig:
+    """A config of a method, from the fields that its class has: the same rank, scale, layers and number of tasks.
 
     Raises:
         LeftOutError: it needs something of which nothing is known here.
@@ -226,16 +226,16 @@ def settings(config_class: type[PeftConfig], options: Options, tasks: int, **giv
         "alpha": 2.0 * options.r,
         "lora_alpha": 2 * options.r,
         "num_selected": max(1, options.r // 4),
-        "n_tasks": tasks,
+        "n_tasks": number,
     }
     if _by_task(config_class):
-        known["tasks"] = task_names(tasks)
+        known["tasks"] = task_names(number)
     known |= given
     fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
     no_default = dataclasses.MISSING
     needed = {name for name, f in fields.items() if f.default is no_default and f.default_factory is no_default}
     if "tasks" in needed:
-        known.setdefault("tasks", task_names(tasks))
+        known.setdefault("tasks", task_names(number))
     if needed - known.keys():
         names = ", ".join(sorted(needed - known.keys()))
         raise LeftOutError(f"its config needs {names}, of which nothing is known here")
@@ -243,7 +243,7 @@ def settings(config_class: type[PeftConfig], options: Options, tasks: int, **giv
         return config_class(**{name: value for name, value in known.items() if name in fields})
     except REFUSALS as error:
         if _named(error) == "tasks" and "tasks" not in known:  # for all of which it does the same
-            return settings(config_class, options, tasks, **given, tasks=task_names(tasks))
+            return settings(config_class, options, number, **given, tasks=task_names(number))
         raise LeftOutError(f"its config refuses what is known here: {_reason(error)}") from error
 
 
@@ -479,7 +479,7 @@ def merged_task(config: PeftConfig, model: PeftModel, call: Mapping[str, Any]) -
 
 
 def compared(timing: Timing, other: Timing) -> dict[str, float]:
-    """Median over the rounds of one's time over the other's, and between which quarters of the rounds lie."""
+    """Median over the rounds of one's time over the other's, and between which the middle half of them lies."""
     ratios = sorted(a / b for a, b in zip(timing.seconds, other.seconds, strict=True))
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     return {"ratio": timing.ratio(other), "low": low, "high": high}
@@ -544,9 +544,11 @@ def table(result: Mapping[str, Any]) -> str:
     if any("seconds" in row or "memory" in row for row in rows):
         lines += [
             "",
-            "training step: milliseconds; as a multiple of LoRA's of the same r, and of LoRA's of as many ranks, in "
-            "brackets the quarters of the rounds,",
-            "then of its operations; a mixed batch as a multiple of a single task's; ten times the tasks; peak memory",
+            "training step: milliseconds; a multiple of LoRA's time and operations, of LoRA of the same r and of LoRA "
+            "of as many ranks in all;",
+            f"a mixed batch as a multiple of a single task's; {MORE} times the tasks; what a step holds at its peak "
+            "beyond weights and the optimiser's state.",
+            "In brackets where the middle half of the rounds lies.",
             "",
             *_step_table(rows),
         ]
@@ -565,7 +567,8 @@ def table(result: Mapping[str, Any]) -> str:
         f"{told[part]} {found['worst']:.2f} ({found['method']}; asked {found['asked']:.2f})"
         for part, found in result["criteria"].items()
     ]
-    lines.append(f"worst: {'; '.join(worst) or 'nothing was measured'}{_noise(rows)}")
+    if worst:
+        lines.append(f"worst: {'; '.join(worst)}{_noise(rows)}")
     return "\n".join(lines)
 
 
