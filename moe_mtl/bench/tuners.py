@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..tuners import METHODS, RankConfig, extract_task
 from ..tuners._base import RankAdapter
-from .memory import peak_of_call
+from .memory import give_back_what_is_freed, peak_of_call
 from .report import aligned, require_known, to_stderr, write
 from .timing import Timing, alternate, torch_threads
 
@@ -492,6 +492,7 @@ def _in_a_process(name: str, options: Options, threads: int) -> int | None:
 
 
 def _peak(name: str, options: Options, threads: int) -> int | None:
+    give_back_what_is_freed()
     warnings.simplefilter("ignore")  # as the command line does in its own process
     with torch_threads(threads):
         config, model = fitted(known_methods()[name], base_model(options), options)
