@@ -1,10 +1,11 @@
 """LoRA experts beside PEFT's LoRA of the same rank: steps of training, tasks, what is left of a task, memory.
 
-Every method does the same work: one base of random weights, which all share, all its linear layers adapted, one batch.
-Before anything is timed each method's loss is held to the base's, as adapters start at nothing. `r` is what a config
-calls so: of one expert where a method has several. So LoRA is measured at `r`, and again at as many ranks as the method
-has in all. A method's own row holds everything it is compared with, measured in turns; ratios are medians of ratios
-within a round. LoRA's row compares it with itself: what its ratio differs from 1 by is noise.
+Every method does the same work: one base of random weights, which all share, one batch, all linear layers adapted, or
+those that a method can take, and by LoRA beside it the same. Before anything is timed each method's output is held to
+the base's, as adapters start at nothing. `r` is what a config calls so: of one expert where a method has several. So
+LoRA is measured at `r`, and again at as many ranks as the method has in all. A method's own row holds everything it is
+compared with, measured in turns; ratios are medians of ratios within a round. LoRA's row compares it with itself: what
+its ratio differs from 1 by is noise.
 
 Parts: `step` is forward, backward, AdamW and the balance of methods that have one; `mixed` a batch of several tasks
 beside one of a single task; `more` the step with ten times the tasks; `forward` the base model, with the adapter beside
@@ -16,6 +17,7 @@ import dataclasses
 import gc
 import importlib.util
 import io
+import math
 import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -340,18 +342,38 @@ def forward_of(model: nn.Module, ids_BL: Tensor, call: Mapping[str, Any]) -> Cal
 
 
 def ranks_of(model: nn.Module) -> dict[str, int] | None:
-    """Ranks in all of one adapter, before and after what is between its projections; None for peers."""
-    for module in model.modules():
-        if isinstance(module, RankAdapter) and hasattr(module, "a_RD") and hasattr(module, "b_OP"):
-            return {"down": len(module.a_RD), "up": module.b_OP.shape[1]}
-    return None
+    """Ranks in all of one adapter, before and after what is between its projections; None where not all have the two
+    projections of the shared layer, as of peers."""
+    adapters: Any = [module for module in model.modules() if isinstance(module, RankAdapter)]
+    if not adapters or not all(hasattr(adapter, "a_RD") and hasattr(adapter, "b_OP") for adapter in adapters):
+        return None
+    return {
+        "down": max(len(adapter.a_RD) for adapter in adapters),
+        "up": max(adapter.b_OP.shape[1] for adapter in adapters),
+    }
+
+
+def linear_layers(base: nn.Module, model: PeftModel) -> list[str]:
+    """Names of the base's linear layers that are adapted, or are inside of what is."""
+    targeted = tuple(model.targeted_module_names)
+    return [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and any(f"{name}.".startswith(f"{target}.") for target in targeted)
+    ]
 
 
 def operations_of(step: Callable[[], object]) -> int:
     """Of the matrix products of a step; the kernels of a GPU are not counted."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_operations}) as counter:
         step()
     return counter.get_total_flops()
+
+
+def grouped_operations(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of grouped products, from their shapes: groups of rows, of columns, or of what is summed over."""
+    rows_of_a_group = len(a) == 3 and len(b) == 2
+    return 2 * math.prod(a) * b[-1] // (a[0] if rows_of_a_group else 1)
 
 
 def _require_same(what: str, found: Tensor, expected: Tensor) -> None:
@@ -397,10 +419,12 @@ def _steps(
     parts = set(options.parts) - (set() if {"tasks", "task_ids"} & set(names) else {"mixed", "more"})
     calls: dict[str, Callable[[], object]] = {}
     if "step" in parts:
-        lora = settings(LoraConfig, options, options.tasks)
+        layers = linear_layers(base, model)
+        lora = settings(LoraConfig, options, options.tasks, target_modules=layers)
         calls["lora"] = step_of(adapted(base, lora), ids_BL, {})
         if all_ranks != options.r:
-            wide = settings(LoraConfig, options, options.tasks, r=all_ranks, lora_alpha=2 * all_ranks)
+            more_ranks = {"r": all_ranks, "lora_alpha": 2 * all_ranks, "target_modules": layers}
+            wide = settings(LoraConfig, options, options.tasks, **more_ranks)
             calls["lora_all_ranks"] = step_of(adapted(base, wide), ids_BL, {})
     if parts & {"step", "mixed", "more"}:
         calls["step"] = step_of(model, ids_BL, keywords(names, options, options.tasks))
@@ -470,9 +494,10 @@ def _forwards(config: PeftConfig, names: Sequence[str], base: LlamaForCausalLM, 
 def merged_task(config: PeftConfig, model: PeftModel, call: Mapping[str, Any]) -> tuple[nn.Module | None, str | None]:
     """A base model of its own with one task of the adapter merged; or None and why not."""
     task = call["tasks"][0] if "tasks" in call else None
+    more = {name: call[name] for name in ("preference",) if name in call}
     own = copy.deepcopy(model)  # merging writes into the base's weights
     try:
-        merged: Any = (extract_task(own, task) if isinstance(config, RankConfig) else own).merge_and_unload()
+        merged: Any = (extract_task(own, task, **more) if isinstance(config, RankConfig) else own).merge_and_unload()
     except REFUSALS as error:
         return None, str(error) or f"{type(error).__name__} from PEFT's {config.peft_type.value}"
     return merged.eval(), None
@@ -560,7 +585,9 @@ def table(result: Mapping[str, Any]) -> str:
         lines.append(f"left out: {name}, {reason}")
     for row in rows:
         if row["targets"] != sorted(TARGETS):
-            lines.append(f"other layers than LoRA's: {row['method']} adapts {', '.join(row['targets'])}")
+            lines.append(
+                f"not all linear layers: {row['method']} adapts {', '.join(row['targets'])}, LoRA beside it the same"
+            )
         if row.get("forward", {}).get("why_not_merged"):
             lines.append(f"not merged: {row['forward']['why_not_merged']}")
     told = {"step": "step / LoRA", "mixed": "mixed / single", "more": "ten times the tasks", "merged": "merged / base"}

@@ -83,6 +83,18 @@ def test_operations_of_a_step(result) -> None:
     assert row["LORI"]["ratios"]["step"]["operations"] < 1  # its down-projection is frozen
 
 
+def test_operations_of_grouped_products() -> None:
+    """Four groups of four rows: as one product of all rows, forward, and for the gradient of either side."""
+    x, w = torch.randn(16, 8, requires_grad=True), torch.randn(4, 8, 32, requires_grad=True)
+    ends = torch.arange(4, 17, 4, dtype=torch.int32)
+    once = 2 * 16 * 8 * 32
+    assert tuners.operations_of(lambda: torch.nn.functional.grouped_mm(x, w, offs=ends)) == once
+    grad = torch.ones(16, 32)
+    assert tuners.operations_of(lambda: torch.nn.functional.grouped_mm(x, w, offs=ends).backward(grad)) == 3 * once
+    assert tuners.grouped_operations((4, 2, 8), (8, 32)) == 2 * 2 * 8 * 32
+    assert tuners.grouped_operations((4, 2, 8), (4, 8, 32)) == 2 * 4 * 2 * 8 * 32
+
+
 def test_the_worst_are_of_the_package(result) -> None:
     assert set(result["criteria"]) == set(ASKED)
     for part, found in result["criteria"].items():
@@ -241,8 +253,12 @@ def test_a_method_that_takes_other_layers(monkeypatch) -> None:
 
     monkeypatch.setattr(RankTuner, "_create_and_replace", replace)
     found = extended(monkeypatch, Config)
-    assert found["rows"][1]["targets"] == ["q_proj", "v_proj"]
-    assert "other layers than LoRA's: OTHER adapts q_proj, v_proj" in tuners.table(found)
+    row = found["rows"][1]
+    assert row["targets"] == ["q_proj", "v_proj"]
+    # LoRA beside it adapts no more: what it trains besides are the gradients of the down-projections.
+    assert 0 < row["operations"]["lora"] - row["operations"]["step"] < 2 * 24 * (4 * 16 * 2) + 1
+    assert row["operations"]["lora"] < found["rows"][0]["operations"]["lora"]
+    assert "not all linear layers: OTHER adapts q_proj, v_proj, LoRA beside it the same" in tuners.table(found)
 
 
 @pytest.mark.parametrize("keyword", ["preference", "mesh"])
