@@ -14,6 +14,7 @@ from moe_mtl.bench import tuners
 from moe_mtl.bench.timing import Timing
 from moe_mtl.bench.tuners import ASKED, PEERS, TARGETS, Options, adapted, base_model, batch_of, known_methods, settings
 from moe_mtl.cli import main as command
+from moe_mtl.ops import expert_linear, make_plan
 from moe_mtl.tuners import METHODS, RankConfig
 from moe_mtl.tuners._base import RankAdapter, RankLayer, RankTuner
 
@@ -83,16 +84,15 @@ def test_operations_of_a_step(result) -> None:
     assert row["LORI"]["ratios"]["step"]["operations"] < 1  # its down-projection is frozen
 
 
-def test_operations_of_grouped_products() -> None:
-    """Four groups of four rows: as one product of all rows, forward, and for the gradient of either side."""
-    x, w = torch.randn(16, 8, requires_grad=True), torch.randn(4, 8, 32, requires_grad=True)
-    ends = torch.arange(4, 17, 4, dtype=torch.int32)
-    once = 2 * 16 * 8 * 32
-    assert tuners.operations_of(lambda: torch.nn.functional.grouped_mm(x, w, offs=ends)) == once
-    grad = torch.ones(16, 32)
-    assert tuners.operations_of(lambda: torch.nn.functional.grouped_mm(x, w, offs=ends).backward(grad)) == 3 * once
-    assert tuners.grouped_operations((4, 2, 8), (8, 32)) == 2 * 2 * 8 * 32
-    assert tuners.grouped_operations((4, 2, 8), (4, 8, 32)) == 2 * 4 * 2 * 8 * 32
+def test_operations_are_not_told_where_kernels_hide_some() -> None:
+    x_ND, w_EDO = torch.randn(16, 8, requires_grad=True), torch.randn(4, 8, 32)
+    assert tuners.operations_of(lambda: x_ND @ w_EDO[0]) == 2 * 16 * 8 * 32
+    plan = make_plan(torch.arange(16).view(16, 1) % 4, 4)
+
+    def step() -> None:
+        (expert_linear(x_ND, w_EDO.transpose(1, 2), plan).sum() + (x_ND @ w_EDO[0]).sum()).backward()
+
+    assert tuners.operations_of(step) is None
 
 
 def test_the_worst_are_of_the_package(result) -> None:
