@@ -15,6 +15,15 @@ from .work import Shape
 M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
+def give_back_what_is_freed() -> None:
+    """From here on in this process, on Linux: no holes in the heap, which differ from process to process.
+
+    What is large and was made before stays where it is: best called first of all.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
+
+
 def peak_of_call(call: Callable[[], object], device: str = "cpu") -> int | None:
     """Bytes that a call holds at its peak beyond what is held before it, after one call to warm up.
 
@@ -34,10 +43,9 @@ def peak_of_call(call: Callable[[], object], device: str = "cpu") -> int | None:
         return torch.cuda.max_memory_allocated() - before
     if sys.platform != "linux":
         return None
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, 2**16)
+    give_back_what_is_freed()
     call()
-    libc.malloc_trim(0)  # what is free goes back, else the call would take it unseen
+    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, else the call would take it unseen
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     call()
