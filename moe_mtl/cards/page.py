@@ -29,8 +29,8 @@ _ROLES = {
     "single_task": "single-task (one model per task)",
     "shared_bottom": "shared-bottom",
     "lora": "LoRA, as many trained",
-    "lora_active": "LoRA, as many active",
-    "lora_each": "LoRA, one per task",
+    "lora-active": "LoRA, as many active",
+    "lora-each": "LoRA, one per task",
 }
 # Of a family: what the columns of parameters and of multiply-adds count, and how one task is had alone.
 _COUNTED = {
@@ -336,7 +336,7 @@ def zoo_table(prefix: str = "") -> str:
             values = zip(*(entry["values"] for _, _, entry in primary), strict=True)
             mean = measure([sum(of_seed) / len(primary) for of_seed in values])
             measured = f"mean {_named(primary[0][1])} of {len(primary)} tasks {_spread(mean)}"
-        alone = ("single_task", "lora_each")
+        alone = ("single_task", "lora-each")
         verdicts = [verdict(entry) for entry in record["comparison"] if entry["baseline"] in alone]
         kinds = ("better", "worse", "no difference shown")
         counted = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in kinds if kind in verdicts)

@@ -21,7 +21,7 @@ FAMILIES = ("table", "language model", "adapter")
 BASELINES = {
     "table": ("single_task", "shared_bottom"),
     "language model": (),
-    "adapter": ("lora", "lora_active", "lora_each"),
+    "adapter": ("lora", "lora-active", "lora-each"),
 }
 # Types as leaves; [x] is a list of x, {"*": x} a mapping of any names to x, a key with "?" may be absent.
 SCHEMA: dict[str, Any] = {

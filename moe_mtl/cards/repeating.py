@@ -82,7 +82,7 @@ def _repeat(folder: Path, budget: str, data_path: str | None, progress: bool) ->
     seeds = [record["shipped_seed"]] if budget == "ci" else record["seeds"]
     text = family(record) != "table"
     baseline = None if text else rows["shared_bottom"]["recipe"]
-    tasks = list((rows["lora_each"] if "lora_each" in rows else rows.get("single_task", this_row(record)))["metrics"])
+    tasks = list((rows["lora-each"] if "lora-each" in rows else rows.get("single_task", this_row(record)))["metrics"])
     same = made_as_here(record)
     with TemporaryDirectory() as runs:
         for variant in (text_variants if text else variants).variants(record["recipe"], baseline, data_path, tasks):

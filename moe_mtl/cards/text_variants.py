@@ -1,7 +1,7 @@
 """What the card of a language model or an adapter compares: the same functions as `variants` has for tables.
 
 An adapter is held to PEFT's LoRA three times, each with a learning rate of its own: with as many trained parameters
-(`lora`), with as many that a token meets (`lora_active`), and one LoRA per task that shares the budget (`lora_each`).
+(`lora`), with as many that a token meets (`lora-active`), and one LoRA per task that shares the budget (`lora-each`).
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 MODEL = (CONFIG, "model.safetensors", "generation_config.json")
-SHARED, ACTIVE, EACH = "lora", "lora_active", "lora_each"
+SHARED, ACTIVE, EACH = "lora", "lora-active", "lora-each"
 PRIMARY = "exact_match"
 CLOSE = 0.1  # by what share the numbers of trained parameters may differ and still be called equal
 

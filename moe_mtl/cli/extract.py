@@ -88,6 +88,7 @@ def extract_adapter(folder: Path, task: str, output: str | Path, merge: bool = F
     from ..files import staged_folder
     from ..hub import ADAPTER, write_manifest
     from ..training.text_run import load_text
+    from ..training.text_trainer import save_model
     from ..tuners import extract_task
 
     if not (folder / ADAPTER).is_file():
@@ -101,9 +102,8 @@ def extract_adapter(folder: Path, task: str, output: str | Path, merge: bool = F
         lora = extract_task(model, task if kind.by_task else None)
     small = lora.merge_and_unload() if merge else lora
     with staged_folder(output) as staging:
-        small.save_pretrained(str(staging))
+        save_model(small, staging)
         tokenizer.save_pretrained(staging)
-        (staging / "README.md").unlink(missing_ok=True)
         write_manifest(staging)
     parameters = small.num_parameters()
     return {"output": str(output), "tasks": [task], "parameters": parameters, "parameters_of_all": parameters_of_all}

@@ -62,12 +62,7 @@ def __getattr__(name: str) -> Any:
 
 def data_sets() -> list[str]:
     """Names of all data sets, without importing them."""
-    names = []
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        source = path.read_text(encoding="utf-8")
-        if re.search(r"^class Options\b", source, re.M) and re.search(r"^def load\(", source, re.M):
-            names.append(path.stem.replace("_", "-"))
-    return names
+    return list(_returned())
 
 
 def options_of(name: str) -> type:
@@ -81,7 +76,21 @@ def options_of(name: str) -> type:
 
 def is_text(name: str) -> bool:
     """Whether a data set is text for a language model. Raises DataError if there is no such data set."""
-    return _module(name).load.__annotations__["return"].__name__ == "TextSplits"
+    found = _returned()
+    if name not in found:
+        raise DataError(f"unknown data set {name!r}{nearest(name, found)}")
+    return found[name] == "TextSplits"
+
+
+def _returned() -> dict[str, str]:
+    """What the `load` of each data set returns, by name."""
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        load = re.search(r"^def load\(options: Options\) -> (\w+):", source, re.M)
+        if load and re.search(r"^class Options\b", source, re.M):
+            found[path.stem.replace("_", "-")] = load[1]
+    return found
 
 
 def load(name: str, **options: Any) -> "DataSplits | TextSplits":

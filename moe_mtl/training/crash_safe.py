@@ -93,6 +93,10 @@ class CrashSafeTrainer(Trainer):
         """Groups of the optimiser beside those of the model."""
         return []
 
+    def save_weights(self, folder: Path) -> None:
+        """Weights and config."""
+        self.model.save_pretrained(folder)
+
     def save_further(self, folder: Path) -> None:
         """Files of a checkpoint beside model, optimiser, schedule and random states: the best weights so far."""
         if self.best is not None and self.best.weights is not None:
@@ -219,7 +223,7 @@ class CrashSafeTrainer(Trainer):
         self.store_flos()
         folder = Path(str(self.args.output_dir))
         with writing_checkpoint(folder / f"{PREFIX}{self.state.global_step}") as staging:
-            self.model.save_pretrained(staging)
+            self.save_weights(staging)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(staging)
             torch.save(self.optimizer.state_dict(), staging / "optimizer.pt")

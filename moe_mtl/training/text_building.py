@@ -109,7 +109,7 @@ def _base(section: ModelSection, where: str | Path, checkpointing: bool) -> Any:
 
 def _adapted(base: Any, section: AdapterSection, tasks: Sequence[str]) -> PeftModel:
     known = {str(getattr(name, "value", name)): config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    method = section.method.upper()
+    method = section.method.upper().replace("-", "_")
     if method not in known:
         names = [name.lower() for name in known]
         raise RecipeError(f"model.adapter.method: unknown method {section.method!r}{nearest(section.method, names)}")

@@ -22,7 +22,7 @@ from .recipe import Recipe, RecipeError, recipe_sha256
 from .run import SECONDS_BETWEEN_SAVES, RunResult, check_finite, load_data, reporter, training_arguments
 from .saved import METRICS, RECIPE, plain
 from .text_building import ADAPTER, build_text
-from .text_trainer import TextEvaluation, TextTrainer, curve, evaluate_text, pack, pad_token
+from .text_trainer import TextEvaluation, TextTrainer, curve, evaluate_text, pack, pad_token, save_model
 
 LIBRARIES = ("torch", "transformers", "peft", "moe-mtl")
 
@@ -190,8 +190,7 @@ def _type(model: Any) -> str:
 
 def _save(output_dir: Path, model: Any, tokenizer: Any, recipe: Recipe, record: dict[str, Any]) -> None:
     with staged_folder(output_dir) as staging:
-        model.save_pretrained(staging)
-        (staging / "README.md").unlink(missing_ok=True)  # PEFT's, which says nothing yet
+        save_model(model, staging)
         tokenizer.save_pretrained(staging)
         write_atomically(staging / RECIPE, recipe.to_yaml())
         write_atomically(staging / METRICS, json.dumps(record, indent=1, allow_nan=False) + "\n")

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -163,6 +164,10 @@ class TextTrainer(CrashSafeTrainer):
                 trained |= {name for name, _ in model.named_buffers() if f".{model.active_adapter}." in name}
             self.stop_early(BestWeights(early_stopping, dict.fromkeys(train.tasks, REPORTED), trained.__contains__))
 
+    def save_weights(self, folder: Path) -> None:
+        """Of an adapter, its own."""
+        save_model(self.model, folder)
+
     def get_train_dataloader(self) -> BatchLoader:
         """Whole batches by index, in an order given by the seed and the epoch."""
         rows: Any = self.train_dataset
@@ -215,6 +220,16 @@ class TextTrainer(CrashSafeTrainer):
         super().log(logs, start_time)
         for entry in (logs, self.state.log_history[-1]):
             entry.pop("loss/all of them", None)
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Weights and config of a language model, or of an adapter."""
+    if not isinstance(model, PeftModel):
+        model.save_pretrained(folder)
+        return
+    # Without a search on the Hub for whether the base model's vocabulary grew: here it never does.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # a form to fill in
 
 
 def pack(table: TokenTable, length: int) -> list[dict[str, Any]]:

@@ -76,9 +76,9 @@ def extract_task(
             target_modules=list(pairs),
             modules_to_save=config.modules_to_save,
             bias=config.bias,
-            base_model_name_or_path=config.base_model_name_or_path,
         ),
     )
+    lora.peft_config["default"].base_model_name_or_path = config.base_model_name_or_path
     for key, layer in lora.get_base_model().named_modules():
         if key in pairs:
             for projection, weight in zip(("lora_A", "lora_B"), pairs[key], strict=True):

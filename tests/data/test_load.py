@@ -11,7 +11,15 @@ from moe_mtl.data.splits import row_hash, sha256_tenth
 
 
 def test_every_data_set_is_found_with_documented_options():
-    assert data_sets() == ["census-income", "digits", "mmoe-synthetic", "multitab-bench", "table"]
+    assert data_sets() == [
+        "census-income",
+        "digits",
+        "instruct",
+        "mmoe-synthetic",
+        "multitab-bench",
+        "table",
+        "word-edits",
+    ]
     for name in data_sets():
         cls = options_of(name)
         for field in cls.__dataclass_fields__:

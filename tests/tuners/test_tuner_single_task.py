@@ -136,3 +136,10 @@ def test_extract_of_an_unknown_task_or_adapter() -> None:
         extract_task(model, "chta")
     with pytest.raises(ValueError, match="expected one of default"):
         extract_task(model, "chat", "other")
+
+
+def test_an_extracted_lora_names_the_base_model_as_the_adapter_did() -> None:
+    model = adapted(MERGEABLE[0])
+    model.active_peft_config.base_model_name_or_path = "some/base"
+    lora = extract_task(model, **one_task(MERGEABLE[0], TASKS[0]))
+    assert lora.active_peft_config.base_model_name_or_path == "some/base"
