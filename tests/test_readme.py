@@ -21,10 +21,12 @@ SKIPPED = {
     "make": "tests/test_demo.py runs the demo; this is the test",
     "moe-mtl bench tabular": "needs the census file and the peers; tests/bench/test_tabular.py reads its options",
     "moe-mtl bench compiled": "takes minutes; tests/ops/test_compiled.py runs it",
+    "moe-mtl train instruct/mtl-lora": "needs a model from the Hub; tests/training/test_instruct_recipes.py runs it on a tiny one",
     "moe-mtl bench trees": "needs the census file and LightGBM; tests/cards/test_external.py runs it on digits",
 }
 # What is added to a command so that it takes seconds.
 SMALLER = {
+    "moe-mtl train word-edits/mtl-lora": "--train.max_steps 2 --train.eval_steps 2 --eval.splits [test]",
     "moe-mtl train": "--train.epochs 1 --model.num_experts 2 --model.expert_dims [4]",
     "moe-mtl bench synthetic": "--draws 2 --rows 256 --learning-rates 1e-3",
     "moe-mtl bench kernels": "--shapes 0 --rounds 1 --slice-seconds 0",
@@ -62,6 +64,7 @@ def write_tables(folder: Path) -> None:
     labels = {"click": draw.integers(2, size=400), "price": draw.gamma(2.0, 10.0, size=400)}
     rows.assign(**labels).to_parquet(folder / "clicks.parquet")
     rows.head(20).to_csv(folder / "new_rows.csv", index=False)
+    (folder / "prompts.jsonl").write_text('{"task": "reverse", "prompt": "R:apple="}\n')
 
 
 def test_the_commands_work_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
