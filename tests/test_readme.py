@@ -21,7 +21,7 @@ SKIPPED = {
     "make": "tests/test_demo.py runs the demo; this is the test",
     "moe-mtl bench tabular": "needs the census file and the peers; tests/bench/test_tabular.py reads its options",
     "moe-mtl bench compiled": "takes minutes; tests/ops/test_compiled.py runs it",
-    "moe-mtl train instruct/mtl-lora": "needs a model from the Hub; tests/training/test_instruct_recipes.py runs it on a tiny one",
+    "moe-mtl train instruct/mtl-lora": "needs a model of the Hub; tests/training/test_instruct_recipes.py has one",
     "moe-mtl bench trees": "needs the census file and LightGBM; tests/cards/test_external.py runs it on digits",
 }
 # What is added to a command so that it takes seconds.

@@ -28,9 +28,6 @@ _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 _ROLES = {
     "single_task": "single-task (one model per task)",
     "shared_bottom": "shared-bottom",
-    "lora": "LoRA, as many trained",
-    "lora-active": "LoRA, as many active",
-    "lora-each": "LoRA, one per task",
 }
 # Of a family: what the columns of parameters and of multiply-adds count, and how one task is had alone.
 _COUNTED = {
@@ -148,12 +145,24 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def _role(record: Mapping[str, Any], model: str) -> str:
+    """What a row is called; a LoRA by its rank."""
+    from ..training.recipe import load_recipe
+
+    row = next(row for row in record["rows"] if row["model"] == model)
+    if family(record) != "adapter" or row["role"] == "this":
+        return _ROLES.get(model, model)
+    adapter = load_recipe(row["recipe"]).model.adapter
+    each = "a LoRA per task" if model == "lora-each" else "LoRA"
+    return f"{each}, rank {adapter.config['r'] if adapter else '?'}"
+
+
 def _metrics_table(record: Mapping[str, Any]) -> str:
     own = this_row(record)
     columns = [(task, metric) for task, metrics in own["metrics"].items() for metric in metrics]
     rows = []
     for row in record["rows"]:
-        name = _ROLES.get(row["model"], row["model"])
+        name = _role(record, row["model"])
         cells = [_spread(row["metrics"][task][metric]) for task, metric in columns]
         name = f"**{name}**" if row["role"] == "this" else name
         rows.append([name, f"{row['parameters']:,}", f"{row['multiply_adds']:,}", *cells])
@@ -200,7 +209,7 @@ def _comparison(record: Mapping[str, Any]) -> str:
     rows = []
     for entry in record["comparison"]:
         interval = f"{_signed(entry['ci_low'])} to {_signed(entry['ci_high'])}"
-        baseline = _ROLES.get(entry["baseline"], entry["baseline"])
+        baseline = _role(record, entry["baseline"])
         what = f"{entry['task']} {_named(entry['metric'])}"
         rows.append([f"{baseline}, {what}", _signed(entry["mean"]), interval, verdict(entry)])
     bootstrap = record["bootstrap"]
@@ -221,7 +230,7 @@ def _verdicts(record: Mapping[str, Any]) -> list[str]:
     lines = []
     for baseline, by_kind in found.items():
         told = "; ".join(f"{words} {', '.join(by_kind[kind])}" for kind, words in kinds.items() if kind in by_kind)
-        lines.append(f"Against {_ROLES.get(baseline, baseline)}: {told}.")
+        lines.append(f"Against {_role(record, baseline)}: {told}.")
     return lines
 
 
@@ -258,7 +267,7 @@ def _curves(record: Mapping[str, Any]) -> str:
     """Exact match over the steps, mean over the tasks and seeds."""
     curves = record["curves"]
     header = ["mean exact match after steps", *[f"{step:g}" for step in next(iter(curves.values()))["step"]]]
-    rows = [[_ROLES.get(model, model), *[_number(value) for value in means(curve)]] for model, curve in curves.items()]
+    rows = [[_role(record, model), *[_number(value) for value in means(curve)]] for model, curve in curves.items()]
     same = [row for row in rows if len(row) == len(header)]
     told = "On the validation rows, mean over the tasks and the seeds; the bands show the seeds."
     return f"{told}\n\n![exact match over the steps]({CURVES})\n\n{table(header, same)}"

@@ -5,6 +5,7 @@ table, only the rows it looks up). Counted while the model that `moe-mtl extract
 """
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from ._arguments import Parser
@@ -20,9 +21,13 @@ def configure(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from ..hub import is_text_model, resolve
     from ..models import AutoModelForMultiTask
     from ..pathway import Cost, cost
 
+    if is_text_model(folder := resolve(arguments.model)):
+        _of_text(folder, arguments)
+        return
     with quiet_libraries():
         model = AutoModelForMultiTask.from_pretrained(arguments.model)
         wanted = [arguments.task] if arguments.task else [None, *([task] for task in model.tasks)]
@@ -43,6 +48,33 @@ def run(arguments: argparse.Namespace) -> None:
             {"task": name(one)} | {p: vars(one.parts[p])[field] for p in parts if p in one.parts} for one in costs
         ]
         print(table(by_part))
+
+
+def _of_text(folder: Path, arguments: argparse.Namespace) -> None:
+    """Of a language model and its adapter."""
+    from ..cards.text_variants import TextTask, task_costs
+    from ..tasks import check_task_names
+    from ..training.text_run import load_text
+    from ..tuners import RankTuner, count
+
+    with quiet_libraries():
+        model, _, tasks = load_text(folder)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        own = isinstance(getattr(model, "base_model", None), RankTuner)
+        added = vars(count(model)) if own else {"stored": model.num_parameters() - base.num_parameters()}
+        chosen = check_task_names(arguments.task, tasks or []) if arguments.task else tasks or []
+        alone = task_costs(folder, [TextTask(task) for task in chosen])
+    told = {"base": model.num_parameters() - added["stored"], "adapter": added}
+    told["one task alone"] = {task: cost["parameters"] for task, cost in alone.items()}
+    if arguments.json:
+        print_json(told)
+        return
+    print(f"{arguments.model}: parameters\n")
+    rows = [{"part": "base model", "stored": told["base"]}, {"part": "adapter, all tasks", **added}]
+    rows += [
+        {"part": f"adapter, {task} alone, until it is merged", "stored": n["parameters"]} for task, n in alone.items()
+    ]
+    print(table(rows))
 
 
 def _row(name: str, one: Any) -> dict[str, Any]:
