@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "torchjd")
+from .record import family
+
+PACKAGES = {"table": ("torch", "transformers", "torchjd")}
+OF_TEXT = ("torch", "transformers", "peft")
 _CPU = "CPU core"
 
 
@@ -23,14 +26,18 @@ def hardware() -> str:
     return f"{_count(cores, _CPU)} ({platform.machine()}, {instructions}), {_count(threads, 'thread')}"
 
 
-def packages() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+def packages(of: str) -> dict[str, str]:
+    """Versions of what the numbers of a family of models depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES.get(of, OF_TEXT)}}
 
 
 def made_as_here(record: Mapping[str, Any]) -> bool:
     """Whether a record was made by the same packages on a processor of the same kind: then its numbers come again."""
-    return _CPU in record["hardware"] and record["hardware"] == hardware() and record["packages"] == packages()
+    return (
+        _CPU in record["hardware"]
+        and record["hardware"] == hardware()
+        and record["packages"] == packages(family(record))
+    )
 
 
 def _count(number: int, what: str) -> str:

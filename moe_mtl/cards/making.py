@@ -17,7 +17,7 @@ from .curves import CURVES, draw
 from .environment import hardware, packages
 from .external import compared, external_rows, kept_rows, write_record
 from .page import PAGE, build_index, prose_of, render
-from .record import LOWER_IS_BETTER, RECORD, load_record, measure, record_problems
+from .record import LOWER_IS_BETTER, RECORD, family, load_record, measure, record_problems
 from .variants import Trained, canonical, train
 
 RESAMPLES, CONFIDENCE = 1000, 0.95
@@ -114,9 +114,9 @@ def make(
         "bootstrap": {"resamples": RESAMPLES, "confidence": CONFIDENCE},
         "wall_s": round(sum(one.wall_s for variant in trained.values() for one in variant), 1),
         "hardware": hardware(),
-        "packages": packages(),
         "budget": budget,
     }
+    record["packages"] = packages(family(record))
     if curves := _curves(trained):
         record["curves"] = curves
     earlier = zoo_folder() / own.card.name

@@ -95,11 +95,7 @@ def extract_adapter(folder: Path, task: str, output: str | Path, merge: bool = F
         raise UsageError(f"expected an adapter, found a language model: {folder} answers all its tasks with all of it")
     model, tokenizer, known = load_text(folder)
     parameters_of_all = model.num_parameters()
-    kind = model.active_peft_config.adapter_class
-    if kind.by_preference:
-        lora = extract_task(model, preference={name: float(name == task) for name in [*(known or ()), task]})
-    else:
-        lora = extract_task(model, task if kind.by_task else None)
+    lora = extract_task(model, task if known else None)
     small = lora.merge_and_unload() if merge else lora
     with staged_folder(output) as staging:
         save_model(small, staging)

@@ -29,7 +29,8 @@ def extract_task(
         model: with an adapter of this package.
         task: its name; None for methods that do not tell tasks apart.
         adapter_name: which adapter, by default the active one.
-        preference: for methods that mix tasks, the weight of each: by name, or in the order of the config's tasks.
+        preference: for methods that mix tasks, the weight of each: by name, or in the order of the config's tasks. A
+            task instead stands for all of the weight on it.
 
     Returns:
         a model of the same class whose adapter is a LoRA named "default": `save_pretrained`, `merge_and_unload` and all
@@ -48,6 +49,8 @@ def extract_task(
         raise ValueError("expected adapters beside the weights, found them merged; call unmerge_adapter first")
     told: Told | None = task
     if config.adapter_class.by_preference:
+        if preference is None and task is not None:
+            preference = {name: float(name == task) for name in (*config.tasks, task)}
         if preference is None:
             raise ValueError(f"preference: expected a weight for each of {', '.join(config.tasks)}, found none")
         weights = weights_of(preference, config.tasks)

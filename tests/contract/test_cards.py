@@ -17,6 +17,7 @@ from moe_mtl.models import AutoModelForMultiTask, MultiTaskModel
 from moe_mtl.training.run import evaluate
 from moe_mtl.training.saved import recipe_of
 from moe_mtl.training.text_run import encode_split, load_text
+from moe_mtl.training.text_trainer import task_keyword
 from moe_mtl.tuners import METHODS, extract_task
 
 CARDS = sorted(hub.zoo())
@@ -110,8 +111,11 @@ def test_each_task_alone_is_a_plain_lora_or_the_refusal_says_why(name: str) -> N
         (batch,) = encode_split(recipe_of(hub.zoo()[name]), examples, tokenizer, splits.tasks).batches(32, 0)
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         alone = extract_task(model, task if tasks else None)
+        numbers = torch.full((len(examples),), splits.tasks.index(task))
+        told = {"preference": torch.nn.functional.one_hot(numbers, len(splits.tasks)).float()}
+        told = told if task_keyword(model) == "preference" else {"tasks": numbers}
         with torch.inference_mode():
-            whole = model(**inputs, tasks=[task] * 32).logits
+            whole = model(**inputs, **told).logits
             torch.testing.assert_close(alone(**inputs).logits, whole, rtol=1e-4, atol=1e-4)
             merged = alone.merge_and_unload()
             torch.testing.assert_close(merged(**inputs).logits, whole, rtol=1e-3, atol=1e-3)

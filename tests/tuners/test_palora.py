@@ -148,3 +148,12 @@ def test_the_base_model_is_trained_and_saved_where_asked(tmp_path: Path) -> None
     torch.testing.assert_close(lora(**batch()).logits, expected, rtol=1e-4, atol=1e-5)
     model.set_preference(NAMED)
     torch.testing.assert_close(model.merge_and_unload()(**batch()).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_task_stands_for_all_of_the_weight_on_it() -> None:
+    model = adapted(PaLoRAConfig)
+    ids = batch()["input_ids"]
+    lora = extract_task(model, "chat")
+    torch.testing.assert_close(lora(ids).logits, model(ids, preference={"sql": 0, "chat": 1, "code": 0}).logits)
+    with pytest.raises(ValueError, match="caht"):
+        extract_task(model, "caht")
