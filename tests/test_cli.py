@@ -19,13 +19,15 @@ import yaml
 from sklearn.metrics import roc_auc_score
 
 from moe_mtl import cli
+from moe_mtl.cards.record import load_record, this_row
 from moe_mtl.cli import COMMANDS, main
 from moe_mtl.cli._arguments import UsageError, split_overrides
 from moe_mtl.cli._console import quiet_libraries, table
 from moe_mtl.data import TabularProcessor, load
-from moe_mtl.hub import Checkpoint, zoo_folder
+from moe_mtl.hub import Checkpoint, zoo, zoo_folder
 from moe_mtl.models import REGISTRY, AutoModelForMultiTask
 from moe_mtl.pathway import cost
+from moe_mtl.tuners import METHODS
 
 SMALL = ["--train.epochs", "1", "--model.num_experts=2", "--model.expert_dims", "[8]", "--model.tower_dims=[4]"]
 TASKS = ["digit", "parity", "at_least_5", "holes"]
@@ -218,7 +220,14 @@ def test_models(capsys: pytest.CaptureFixture) -> None:
     assert run("models") == 0
     text = capsys.readouterr().out
     assert all(f"\n{row['type']} " in text and row["paper"] in text for row in told["types"])
+    methods = {str(name).lower() for name in METHODS.values()}
+    assert {row["method"] for row in told["methods"]} == methods
     for row in told["models"]:
+        if row["type"] in {*methods, "llama"}:
+            with pytest.raises(ValueError, match="load_adapter" if row["type"] in methods else "a language model"):
+                AutoModelForMultiTask.from_pretrained(row["name"])
+            assert row["parameters"] == this_row(load_record(zoo()[row["name"]]))["parameters"]
+            continue
         model = AutoModelForMultiTask.from_pretrained(row["name"])
         assert (row["type"], row["tasks"]) == (model.config.model_type, model.tasks)
         (line,) = (line for line in text.splitlines() if line.startswith(f"{row['name']} "))

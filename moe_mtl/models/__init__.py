@@ -22,6 +22,10 @@ class AutoModelForMultiTask:
         """See `MultiTaskModel.from_pretrained`; `tasks=["ctr"]` reads only what that task needs."""
         where = ("revision", "cache_dir", "local_files_only", "token")
         folder = hub.resolve(name_or_path, **{key: kwargs[key] for key in where if key in kwargs})
+        if hub.is_text_model(folder):
+            adapter = (folder / hub.ADAPTER).is_file()
+            found = "an adapter; load it with moe_mtl.load_adapter" if adapter else "a language model of transformers"
+            raise ValueError(f"expected a model of tables, found in {folder} {found}")
         return model_class(hub.read_config(folder)["model_type"]).from_pretrained(name_or_path, **kwargs)
 
     @staticmethod
