@@ -135,7 +135,7 @@ class MixLora(RankAdapter):
         if like.device.type == "cpu" and not torch.compiler.is_compiling():
             z = [down_SR.unflatten(0, sizes) for down_SR in down]
             dropout = self.config.dropout if self.training else 0.0
-            shared_NH, down_NKR = expert_hidden(first, z, b, a_ERH, block.hidden, plan, weights_NK, dropout)
+            shared_NH, down_NKR = expert_hidden(first, z, b, a_ERH, block.activation, plan, weights_NK, dropout)
             return shared_NH, down_NKR * scale
         copies = make_plan(plan.indices_NK.flatten().unsqueeze(1), plan.num_experts)
         added = []
