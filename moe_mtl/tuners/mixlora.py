@@ -45,6 +45,11 @@ BLOCKS = (
 )
 
 
+# So many ranks of all experts together at most are one product with all tokens, on a CPU: more is multiplied, but no
+# token is copied for its experts.
+FEW_RANKS = 128
+
+
 class Block(NamedTuple):
     """A feed-forward block, taken apart: modules in the order in which they compute, the gate before `up`."""
 
@@ -69,6 +74,10 @@ def taken_apart(module: nn.Module) -> Block | None:
             first = [module.get_submodule(name) for name in names[:-1]]
             return Block(first, module.get_submodule(down), getattr(module, activation))
     return None
+
+
+def _few(ranks_ERD: Tensor) -> bool:
+    return ranks_ERD.device.type == "cpu" and ranks_ERD.shape[0] * ranks_ERD.shape[1] <= FEW_RANKS
 
 
 class PlainLora(RankAdapter):
@@ -116,10 +125,10 @@ class MixLora(RankAdapter):
         plan = make_plan(indices_NK, experts)
 
         a_EPD = torch.cat([self._of("a_{}_ERD", name, x_ND) for name in self.names[:-1]], dim=1)
-        down_SP = expert_linear(self._dropped(x_ND), a_EPD, plan).flatten(0, 1) * self.config.scale
+        down_SP = self._down(self._dropped(x_ND), a_EPD, plan).flatten(0, 1) * self.config.scale
         shared_NH, down_NKR = self._hidden(block, first, down_SP.split(self.config.r, dim=1), plan, weights_NK)
         y_ND = block.down(shared_NH)  # the weights sum to 1, so that a bias counts once
-        y_ND = y_ND + expert_combine(down_NKR, self._of("b_{}_EOR", "down", down_NKR), plan, weights_NK)
+        y_ND = y_ND + self._up(down_NKR, self._of("b_{}_EOR", "down", down_NKR), plan, weights_NK)
 
         used_E = plan.counts_E / max(1, indices_NK.numel())
         loss = experts * (used_E * logits_NE.softmax(-1).mean(0)).sum() if len(x_ND) else logits_NE.sum()
@@ -146,6 +155,25 @@ class MixLora(RankAdapter):
         shared_NH = (hidden_NKH * weights_NK.unsqueeze(-1)).sum(1).to(hidden_NKH.dtype)
         down_S1R = expert_linear(self._dropped(hidden_NKH.flatten(0, 1)), a_ERH, copies) * scale
         return shared_NH, down_S1R.flatten(1).unflatten(0, sizes)
+
+    def _down(self, x_ND: Tensor, a_EPD: Tensor, plan: RoutingPlan) -> Tensor:
+        """`[N, K, P]`."""
+        if not _few(a_EPD):
+            return expert_linear(x_ND, a_EPD, plan)
+        all_NEP = nn.functional.linear(x_ND, a_EPD.flatten(0, 1)).unflatten(1, a_EPD.shape[:2])
+        return all_NEP.gather(1, plan.indices_NK.unsqueeze(-1).expand(-1, -1, a_EPD.shape[1]))
+
+    def _up(self, down_NKR: Tensor, b_EOR: Tensor, plan: RoutingPlan, weights_NK: Tensor) -> Tensor:
+        """`[N, O]`."""
+        turned_ERO = b_EOR.transpose(1, 2)
+        if not _few(turned_ERO):
+            return expert_combine(down_NKR, b_EOR, plan, weights_NK)
+        weighted_NKR = (down_NKR * weights_NK.unsqueeze(-1)).to(down_NKR.dtype)
+        index_NKR = plan.indices_NK.unsqueeze(-1).expand_as(weighted_NKR)
+        of_all_NER = weighted_NKR.new_zeros(len(weighted_NKR), *turned_ERO.shape[:2]).scatter(
+            1, index_NKR, weighted_NKR
+        )
+        return of_all_NER.flatten(1) @ turned_ERO.flatten(0, 1)
 
     def num_active(self) -> int:
         of_experts = self.num_trained() - self.router_ED.numel()
