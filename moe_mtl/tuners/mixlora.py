@@ -76,8 +76,13 @@ def taken_apart(module: nn.Module) -> Block | None:
     return None
 
 
+def _on_cpu(t: Tensor) -> bool:
+    """Whether loops over experts may look at the data."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _few(ranks_ERD: Tensor) -> bool:
-    return ranks_ERD.device.type == "cpu" and ranks_ERD.shape[0] * ranks_ERD.shape[1] <= FEW_RANKS
+    return _on_cpu(ranks_ERD) and ranks_ERD.shape[0] * ranks_ERD.shape[1] <= FEW_RANKS
 
 
 class PlainLora(RankAdapter):
@@ -141,7 +146,7 @@ class MixLora(RankAdapter):
         sizes, like, scale = plan.indices_NK.shape, first[0], self.config.scale
         b = [self._of("b_{}_EOR", name, like) for name in self.names[:-1]]
         a_ERH = self._of("a_{}_ERD", "down", like)
-        if like.device.type == "cpu" and not torch.compiler.is_compiling():
+        if _on_cpu(like):
             z = [down_SR.unflatten(0, sizes) for down_SR in down]
             dropout = self.config.dropout if self.training else 0.0
             shared_NH, down_NKR = expert_hidden(first, z, b, a_ERH, block.activation, plan, weights_NK, dropout)

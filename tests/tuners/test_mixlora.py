@@ -96,6 +96,23 @@ def test_equation(kind: str, num_selected: int) -> None:
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-10)
 
 
+@pytest.mark.parametrize("change", ["ops.hidden.BYTES", "tuners.mixlora.FEW_RANKS", "tuners.mixlora._on_cpu"])
+@pytest.mark.parametrize("kind", ["llama", "phi"])
+def test_however_it_is_computed(kind: str, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy at a time, experts apart, and as on a GPU."""
+    layer, adapter = layer_of(kind, num_selected=2)
+    x_BLD = torch.randn(2, 4, 16, dtype=torch.float64, requires_grad=True)
+    leaves = [x_BLD, *adapter.parameters()]
+
+    def computed() -> list[Tensor]:
+        y = layer(x_BLD)
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    expected = computed()
+    monkeypatch.setattr(f"moe_mtl.{change}", (lambda t: False) if change.endswith("cpu") else 0)
+    torch.testing.assert_close(computed(), expected, rtol=1e-12, atol=1e-10)
+
+
 def test_one_expert_is_lora_bit_for_bit() -> None:
     linears = ["gate_proj", "up_proj", "down_proj"]
     ours = adapted(MixLoraConfig, num_experts=1, num_selected=1)
