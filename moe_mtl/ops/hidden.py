@@ -111,7 +111,8 @@ def _gradients(ctx: Any, dshared_NH: Tensor, ddown_SR: Tensor) -> tuple[Tensor |
     for nth, (e, rows, tokens_M) in enumerate(tiles):
         entering = _entering(tiles, first, z, b, e, rows, tokens_M)
         with torch.enable_grad():
-            entered_MH = entering[0].detach().requires_grad_()
+            leaf_MH = entering[0].detach().requires_grad_()
+            entered_MH = leaf_MH.view_as(leaf_MH)  # what watches modules takes no leaf in a backward within a backward
             activated_MH = ctx.activation(entered_MH)
         h_MH = act_MH = activated_MH.detach()
         if ctx.layers > 1:

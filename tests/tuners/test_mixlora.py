@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PhiConfig, PhiForCausalLM
 from transformers.models.gemma3n.configuration_gemma3n import Gemma3nTextConfig
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
@@ -165,6 +166,13 @@ def test_the_start_is_as_published() -> None:
     for name, width in (("gate", 256), ("up", 256), ("down", 512)):
         assert float(a_of(adapter, name).abs().max()) == pytest.approx(width**-0.5, rel=0.05)  # Kaiming-uniform
         assert not b_of(adapter, name).any()
+
+
+def test_its_operations_are_counted() -> None:
+    model = adapted(MixLoraConfig).train()
+    with FlopCounterMode(display=False) as counter:
+        model(**batch()).loss.backward()
+    assert counter.get_total_flops() > 0
 
 
 # --- the loss that evens out the experts' use ---
