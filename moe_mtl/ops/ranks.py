@@ -96,7 +96,7 @@ def rank_experts(
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     backend = _backend(backend, x_ND, max(len(a_RD), b_OP.shape[1]))
-    with _no_autocast(device):
+    with no_autocast(device):
         out_NO, chosen_NP = _RankExperts.apply(
             x_ND.to(dtype),
             a_RD.to(dtype),
@@ -206,7 +206,7 @@ def _why_not_triton(x_ND: Tensor, ranks: int) -> str | None:
     return why_not_triton(x_ND)
 
 
-def _no_autocast(device: str) -> contextlib.AbstractContextManager:
+def no_autocast(device: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
@@ -241,7 +241,7 @@ class _RankExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_NO, _ = grads
-        with _no_autocast(grad_NO.device.type):
+        with no_autocast(grad_NO.device.type):
             return _gradients(ctx, grad_NO)
 
 

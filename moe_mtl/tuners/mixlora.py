@@ -16,14 +16,15 @@ copies.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import expert_combine, expert_linear, make_plan, route
+from ..ops import RoutingPlan, expert_combine, expert_linear, make_plan, route
+from ..ops.hidden import expert_hidden
 from ._base import (
     EXACT_DTYPES,
     RankAdapter,
@@ -42,6 +43,11 @@ BLOCKS = (
     ("gate_proj", "up_proj", "down_proj", "act_fn"),  # Llama, Qwen, Mistral, Gemma
     (None, "fc1", "fc2", "activation_fn"),  # Phi, CLIP, SigLIP
 )
+
+
+# So many ranks of all experts together at most are one product with all tokens, on a CPU: more is multiplied, but no
+# token is copied for its experts.
+FEW_RANKS = 128
 
 
 class Block(NamedTuple):
@@ -68,6 +74,15 @@ def taken_apart(module: nn.Module) -> Block | None:
             first = [module.get_submodule(name) for name in names[:-1]]
             return Block(first, module.get_submodule(down), getattr(module, activation))
     return None
+
+
+def _on_cpu(t: Tensor) -> bool:
+    """Whether loops over experts may look at the data."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _few(ranks_ERD: Tensor) -> bool:
+    return _on_cpu(ranks_ERD) and ranks_ERD.shape[0] * ranks_ERD.shape[1] <= FEW_RANKS
 
 
 class PlainLora(RankAdapter):
@@ -113,26 +128,57 @@ class MixLora(RankAdapter):
             self.record(record, {"tokens": torch.zeros_like(logits_NE).scatter(1, indices_NK, weights_NK.detach())})
         experts = len(self.router_ED)
         plan = make_plan(indices_NK, experts)
-        copies = make_plan(indices_NK.flatten().unsqueeze(1), experts)
 
         a_EPD = torch.cat([self._of("a_{}_ERD", name, x_ND) for name in self.names[:-1]], dim=1)
-        down_SP = expert_linear(self._dropped(x_ND), a_EPD, plan).flatten(0, 1) * self.config.scale
-        added = []
-        for name, y_NH, down_SR in zip(self.names, first, down_SP.split(self.config.r, dim=1), strict=False):
-            up_S1H = expert_linear(down_SR, self._of("b_{}_EOR", name, down_SR), copies)
-            added.append(y_NH.unsqueeze(1) + up_S1H.flatten(1).unflatten(0, indices_NK.shape))
-        hidden_NKH = block.hidden(added)
-
-        shared_NH = (hidden_NKH * weights_NK.unsqueeze(-1)).sum(1).to(hidden_NKH.dtype)
+        down_SP = self._down(self._dropped(x_ND), a_EPD, plan).flatten(0, 1) * self.config.scale
+        shared_NH, down_NKR = self._hidden(block, first, down_SP.split(self.config.r, dim=1), plan, weights_NK)
         y_ND = block.down(shared_NH)  # the weights sum to 1, so that a bias counts once
-        hidden_SH = self._dropped(hidden_NKH.flatten(0, 1))
-        down_S1R = expert_linear(hidden_SH, self._of("a_{}_ERD", "down", hidden_SH), copies) * self.config.scale
-        down_NKR = down_S1R.flatten(1).unflatten(0, indices_NK.shape)
-        y_ND = y_ND + expert_combine(down_NKR, self._of("b_{}_EOR", "down", down_NKR), plan, weights_NK)
+        y_ND = y_ND + self._up(down_NKR, self._of("b_{}_EOR", "down", down_NKR), plan, weights_NK)
 
         used_E = plan.counts_E / max(1, indices_NK.numel())
         loss = experts * (used_E * logits_NE.softmax(-1).mean(0)).sum() if len(x_ND) else logits_NE.sum()
         return y_ND.view(*x.shape[:-1], y_ND.shape[-1]), loss
+
+    def _hidden(
+        self, block: Block, first: list[Tensor], down: Sequence[Tensor], plan: RoutingPlan, weights_NK: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What enters the shared last layer, `[N, H]`; and of each copy what its expert takes it down to."""
+        sizes, like, scale = plan.indices_NK.shape, first[0], self.config.scale
+        b = [self._of("b_{}_EOR", name, like) for name in self.names[:-1]]
+        a_ERH = self._of("a_{}_ERD", "down", like)
+        if _on_cpu(like):
+            z = [down_SR.unflatten(0, sizes) for down_SR in down]
+            dropout = self.config.dropout if self.training else 0.0
+            shared_NH, down_NKR = expert_hidden(first, z, b, a_ERH, block.activation, plan, weights_NK, dropout)
+            return shared_NH, down_NKR * scale
+        copies = make_plan(plan.indices_NK.flatten().unsqueeze(1), plan.num_experts)
+        added = []
+        for y_NH, down_SR, b_EHR in zip(first, down, b, strict=True):
+            up_S1H = expert_linear(down_SR, b_EHR, copies)
+            added.append(y_NH.unsqueeze(1) + up_S1H.flatten(1).unflatten(0, sizes))
+        hidden_NKH = block.hidden(added)
+        shared_NH = (hidden_NKH * weights_NK.unsqueeze(-1)).sum(1).to(hidden_NKH.dtype)
+        down_S1R = expert_linear(self._dropped(hidden_NKH.flatten(0, 1)), a_ERH, copies) * scale
+        return shared_NH, down_S1R.flatten(1).unflatten(0, sizes)
+
+    def _down(self, x_ND: Tensor, a_EPD: Tensor, plan: RoutingPlan) -> Tensor:
+        """`[N, K, P]`."""
+        if not _few(a_EPD):
+            return expert_linear(x_ND, a_EPD, plan)
+        all_NEP = nn.functional.linear(x_ND, a_EPD.flatten(0, 1)).unflatten(1, a_EPD.shape[:2])
+        return all_NEP.gather(1, plan.indices_NK.unsqueeze(-1).expand(-1, -1, a_EPD.shape[1]))
+
+    def _up(self, down_NKR: Tensor, b_EOR: Tensor, plan: RoutingPlan, weights_NK: Tensor) -> Tensor:
+        """`[N, O]`."""
+        turned_ERO = b_EOR.transpose(1, 2)
+        if not _few(turned_ERO):
+            return expert_combine(down_NKR, b_EOR, plan, weights_NK)
+        weighted_NKR = (down_NKR * weights_NK.unsqueeze(-1)).to(down_NKR.dtype)
+        index_NKR = plan.indices_NK.unsqueeze(-1).expand_as(weighted_NKR)
+        of_all_NER = weighted_NKR.new_zeros(len(weighted_NKR), *turned_ERO.shape[:2]).scatter(
+            1, index_NKR, weighted_NKR
+        )
+        return of_all_NER.flatten(1) @ turned_ERO.flatten(0, 1)
 
     def num_active(self) -> int:
         of_experts = self.num_trained() - self.router_ED.numel()

@@ -17,7 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import expert_combine, expert_linear, make_plan
+from ..ops.runs import run_pairs
 from ._base import SCALINGS, RankAdapter, RankConfig, at_least_float32, down_projection, register, up_projection
+
+# Of runs shorter than the ranks, as tasks per token are, the gathered matrices are more than the tokens themselves. Yet
+# of a few tokens, as in generation, nothing is faster.
+FEW_TOKENS = 1024
 
 
 class MTLoRA(RankAdapter):
@@ -42,15 +47,19 @@ class MTLoRA(RankAdapter):
             self.a_TRD, self.b_TOR = nn.Parameter(torch.stack(a)), nn.Parameter(torch.stack(b))
 
     def add(self, x_ND: Tensor, base_NO: Tensor, told: Tensor | None, options: dict[str, Any]) -> Tensor:
+        if not self.has_pairs:
+            return super().add(x_ND, base_NO, told, options)
+        assert told is not None
+        shared = (self.a_RD, self.b_OP, self.config.scale) if self.has_shared else None
+        scale = self.config.task_scale
+        ranks = self.a_TRD.shape[1] + (len(self.a_RD) if self.has_shared else 0)
+        if len(told) * ranks <= max(len(x_ND), FEW_TOKENS):
+            return run_pairs(x_ND, base_NO, self.a_TRD, self.b_TOR, told, scale=scale, shared=shared)
         if self.has_shared:
             base_NO = super().add(x_ND, base_NO, told, options)
-        if not self.has_pairs:
-            return base_NO
-        assert told is not None
-        tasks_N = told.repeat_interleave(len(x_ND) // max(1, len(told)))
-        plan = make_plan(tasks_N.unsqueeze(1), len(self.a_TRD))
+        plan = make_plan(told.repeat_interleave(len(x_ND) // max(1, len(told))).unsqueeze(1), len(self.a_TRD))
         h_N1R = expert_linear(x_ND, self.a_TRD.to(x_ND.dtype), plan)
-        scale_N1 = torch.full_like(h_N1R[..., 0], self.config.task_scale)
+        scale_N1 = torch.full_like(h_N1R[..., 0], scale)
         return base_NO + expert_combine(h_N1R, self.b_TOR.to(h_N1R.dtype), plan, scale_N1)
 
     def num_active(self) -> int:

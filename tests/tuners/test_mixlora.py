@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PhiConfig, PhiForCausalLM
 from transformers.models.gemma3n.configuration_gemma3n import Gemma3nTextConfig
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
@@ -96,6 +97,23 @@ def test_equation(kind: str, num_selected: int) -> None:
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-10)
 
 
+@pytest.mark.parametrize("change", ["ops.hidden.BYTES", "tuners.mixlora.FEW_RANKS", "tuners.mixlora._on_cpu"])
+@pytest.mark.parametrize("kind", ["llama", "phi"])
+def test_however_it_is_computed(kind: str, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy at a time, experts apart, and as on a GPU."""
+    layer, adapter = layer_of(kind, num_selected=2)
+    x_BLD = torch.randn(2, 4, 16, dtype=torch.float64, requires_grad=True)
+    leaves = [x_BLD, *adapter.parameters()]
+
+    def computed() -> list[Tensor]:
+        y = layer(x_BLD)
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    expected = computed()
+    monkeypatch.setattr(f"moe_mtl.{change}", (lambda t: False) if change.endswith("cpu") else 0)
+    torch.testing.assert_close(computed(), expected, rtol=1e-12, atol=1e-10)
+
+
 def test_one_expert_is_lora_bit_for_bit() -> None:
     linears = ["gate_proj", "up_proj", "down_proj"]
     ours = adapted(MixLoraConfig, num_experts=1, num_selected=1)
@@ -148,6 +166,13 @@ def test_the_start_is_as_published() -> None:
     for name, width in (("gate", 256), ("up", 256), ("down", 512)):
         assert float(a_of(adapter, name).abs().max()) == pytest.approx(width**-0.5, rel=0.05)  # Kaiming-uniform
         assert not b_of(adapter, name).any()
+
+
+def test_its_operations_are_counted() -> None:
+    model = adapted(MixLoraConfig).train()
+    with FlopCounterMode(display=False) as counter:
+        model(**batch()).loss.backward()
+    assert counter.get_total_flops() > 0
 
 
 # --- the loss that evens out the experts' use ---
