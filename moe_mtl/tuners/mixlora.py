@@ -76,6 +76,11 @@ def taken_apart(module: nn.Module) -> Block | None:
     return None
 
 
+def _trains(activation: Any) -> bool:
+    """Whether an activation has parameters of its own that are trained, which a tile gives no gradient."""
+    return isinstance(activation, nn.Module) and any(p.requires_grad for p in activation.parameters())
+
+
 def _on_cpu(t: Tensor) -> bool:
     """Whether loops over experts may look at the data."""
     return t.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -146,7 +151,7 @@ class MixLora(RankAdapter):
         sizes, like, scale = plan.indices_NK.shape, first[0], self.config.scale
         b = [self._of("b_{}_EOR", name, like) for name in self.names[:-1]]
         a_ERH = self._of("a_{}_ERD", "down", like)
-        if _on_cpu(like):
+        if _on_cpu(like) and not _trains(block.activation):
             z = [down_SR.unflatten(0, sizes) for down_SR in down]
             dropout = self.config.dropout if self.training else 0.0
             shared_NH, down_NKR = expert_hidden(first, z, b, a_ERH, block.activation, plan, weights_NK, dropout)

@@ -114,6 +114,18 @@ def test_however_it_is_computed(kind: str, change: str, monkeypatch: pytest.Monk
     torch.testing.assert_close(computed(), expected, rtol=1e-12, atol=1e-10)
 
 
+def test_an_activation_that_is_trained_gets_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, _ = layer_of("phi", num_selected=2)
+    slope = nn.PReLU(dtype=torch.float64)
+    layer.base_layer.activation_fn = slope
+    x_BLD = torch.randn(2, 4, 16, dtype=torch.float64)
+    (found,) = torch.autograd.grad(layer(x_BLD).square().sum(), slope.weight)
+    monkeypatch.setattr("moe_mtl.tuners.mixlora._on_cpu", lambda t: False)
+    (expected,) = torch.autograd.grad(layer(x_BLD).square().sum(), slope.weight)
+    torch.testing.assert_close(found, expected)
+    assert found.any()
+
+
 def test_one_expert_is_lora_bit_for_bit() -> None:
     linears = ["gate_proj", "up_proj", "down_proj"]
     ours = adapted(MixLoraConfig, num_experts=1, num_selected=1)
