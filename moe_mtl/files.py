@@ -34,7 +34,7 @@ MODEL_FILES = (
     "recipe.resolved.yaml",
 )
 # What training leaves beside a model: a folder that holds only this is ours too, though a save must keep it.
-TRAINING_FILES = ("checkpoint-*", "logs", "runs", "README.md", "results.json", "report.html")
+TRAINING_FILES = ("checkpoint-*", "logs", "runs", "README.md", "curves.svg", "results.json", "report.html")
 MAX_JSON_BYTES = 32 * 2**20
 
 

@@ -138,6 +138,12 @@ def test_a_record_of_text_is_reproduced(zoo):
     assert all(one.agrees for one in found)
 
 
+def test_a_card_is_made_again_in_its_place(zoo):
+    before = {path.name: path.read_bytes() for path in (zoo / "smora-words").iterdir()}
+    making.make("words/smora", runs=zoo.parent / "runs", budget="ci", echo=lambda line: None)
+    assert {path.name: path.read_bytes() for path in (zoo / "smora-words").iterdir()} == before
+
+
 def test_a_baseline_with_another_budget_or_size_is_refused(zoo):
     path = zoo.parent / "recipes" / "words" / "lora.yaml"
     before = path.read_text()
