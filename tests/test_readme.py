@@ -29,6 +29,7 @@ SMALLER = {
     "moe-mtl train word-edits/mtl-lora": "--train.max_steps 2 --train.eval_steps 2 --eval.splits [test]",
     "moe-mtl train": "--train.epochs 1 --model.num_experts 2 --model.expert_dims [4]",
     "moe-mtl bench synthetic": "--draws 2 --rows 256 --learning-rates 1e-3",
+    "moe-mtl bench tuners": "--width 16 --layers 1 --batch 2 --rounds 1 --slice-seconds 0 --parts step --methods LORI",
     "moe-mtl bench kernels": "--shapes 0 --rounds 1 --slice-seconds 0",
     "moe-mtl bench ranks": "--shapes 0 --rounds 1 --slice-seconds 0 --kinds lora",
 }

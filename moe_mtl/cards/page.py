@@ -33,7 +33,7 @@ _ROLES = {
 _COUNTED = {
     "table": ("parameters", "multiply-adds per row", "`from_pretrained(..., tasks=[task])`"),
     "language model": ("parameters", "multiply-adds per token", "the same model"),
-    "adapter": ("trained parameters", "of them met by a token", "`extract_task(model, task)`, before it is merged"),
+    "adapter": ("trained parameters", "of them met by a token", "`extract_task(model, task)`"),
 }
 _TEMPLATES = {"table": "TEMPLATE.md", "language model": "TEMPLATE-model.md", "adapter": "TEMPLATE-adapter.md"}
 
@@ -245,8 +245,14 @@ def verdict(entry: Mapping[str, Any]) -> str:
 def _cost_table(record: Mapping[str, Any]) -> str:
     own = this_row(record)
     parameters, multiplied, how = _COUNTED[family(record)]
-    header = ["one task alone", parameters, "of all", multiplied, "of all"]
     costs = record["single_task_cost"]
+    if family(record) == "adapter":
+        found = {cost["parameters"] for cost in costs.values()}
+        if found == {own["parameters"]} and all(c["multiply_adds"] == own["multiply_adds"] for c in costs.values()):
+            return "One task alone takes all of the adapter."
+        told = " or ".join(f"{number:,}" for number in sorted(found))
+        return f"One task alone, {how}, is a LoRA of {told} parameters; merged, it costs nothing."
+    header = ["one task alone", parameters, "of all", multiplied, "of all"]
     named = all("experts" in cost for cost in costs.values())
     rows = []
     for task, cost in costs.items():

@@ -1,8 +1,8 @@
 """What the card of a language model or an adapter compares: the same functions as `variants` has for tables.
 
 An adapter is held to PEFT's LoRA three times, each with a learning rate of its own: with as many trained parameters
-(`lora`); with as many ranks as a token meets where a method chooses them, and as a task alone has where it can be
-merged (`lora-active`); and one LoRA per task that shares the budget of steps (`lora-each`).
+(`lora`); with fewer ranks, of the order of what a token meets, which differs from method to method and stands in the
+table (`lora-active`); and one LoRA per task that shares the budget of steps (`lora-each`).
 """
 
 import dataclasses

@@ -59,12 +59,14 @@ def _of_text(folder: Path, arguments: argparse.Namespace) -> None:
 
     with quiet_libraries():
         model, _, tasks = load_text(folder)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        prefix = getattr(getattr(model, "base_model", None), "prefix", None)
+        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        base = sum(n for name, n in sizes.items() if not prefix or prefix not in name)
         own = isinstance(getattr(model, "base_model", None), RankTuner)
-        added = vars(count(model)) if own else {"stored": model.num_parameters() - base.num_parameters()}
+        added = vars(count(model)) if own else {"stored": sum(sizes.values()) - base}
         chosen = check_task_names(arguments.task, tasks or []) if arguments.task else tasks or []
         alone = task_costs(folder, [TextTask(task) for task in chosen])
-    told = {"base": model.num_parameters() - added["stored"], "adapter": added}
+    told: dict[str, Any] = {"base": base, "adapter": added}
     told["one task alone"] = {task: cost["parameters"] for task, cost in alone.items()}
     if arguments.json:
         print_json(told)

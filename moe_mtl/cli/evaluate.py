@@ -61,9 +61,13 @@ def _on_files(folder: Any, files: list[str]) -> Any:
     from ..training.saved import batch_size_of
 
     if is_text_model(folder):
-        from ..training.text_run import evaluate_examples
+        from ..training.saved import recipe_of
+        from ..training.text_run import chat_of, evaluate_examples
 
-        return evaluate_examples(folder, list(read_examples(files)), batch_size_of(folder))
+        examples, train = list(read_examples(files, chat_of(folder))), recipe_of(folder).train
+        return evaluate_examples(
+            folder, examples, train.eval_batch_size, max_length=train.max_length, truncate=train.truncate
+        )
     processor = TabularProcessor.from_pretrained(folder)
     rows = TensorTable(processor(files))
     model = AutoModelForMultiTask.from_pretrained(folder)

@@ -89,13 +89,19 @@ def extract_adapter(folder: Path, task: str, output: str | Path, merge: bool = F
     from ..hub import ADAPTER, write_manifest
     from ..training.text_run import load_text
     from ..training.text_trainer import save_model
-    from ..tuners import extract_task
+    from ..tuners import RankTuner, extract_task
 
     if not (folder / ADAPTER).is_file():
         raise UsageError(f"expected an adapter, found a language model: {folder} answers all its tasks with all of it")
     model, tokenizer, known = load_text(folder)
     parameters_of_all = model.num_parameters()
-    lora = extract_task(model, task if known else None)
+    if not isinstance(model.base_model, RankTuner):
+        raise UsageError(f"expected an adapter of this library, found PEFT's {type(model.active_peft_config).__name__}")
+    if not known:
+        raise UsageError(
+            f"{folder} does not tell tasks apart: PEFT's merge_and_unload, or moe_mtl.extract_task without a task"
+        )
+    lora = extract_task(model, task)
     small = lora.merge_and_unload() if merge else lora
     with staged_folder(output) as staging:
         save_model(small, staging)

@@ -94,12 +94,13 @@ class Prompt:
     where: str
 
 
-def read_prompts(path: str, task: str | None = None) -> list[Prompt]:
+def read_prompts(path: str, task: str | None = None, chat: bool = False) -> list[Prompt]:
     """Lines to be answered: `prompt`, or `messages` that end with what is asked; `task`; other fields stay.
 
     Args:
         path: file of JSON lines (also `.gz`).
         task: of lines that say none.
+        chat: as for `Options`.
 
     Raises:
         DataError: no such file, a malformed line, with its number.
@@ -113,6 +114,12 @@ def read_prompts(path: str, task: str | None = None) -> list[Prompt]:
             text = _messages(content["messages"], where, answered=False)
         elif not isinstance(text, str):
             raise DataError(f"{where}: prompt: expected a text, found {text!r:.80}")
+        if "completion" in content or (isinstance(text, list) and text[-1]["role"] == "assistant"):
+            raise DataError(
+                f"{where}: expected a line without its answer, found one; moe-mtl evaluate --data measures those"
+            )
+        if chat and isinstance(text, str):
+            text = [{"role": "user", "content": text}]
         own = content.get("task", task)
         if own is not None and not isinstance(own, str):
             raise DataError(f"{where}: task: expected a name, found {own!r:.80}")
@@ -136,8 +143,8 @@ def _lines(path: str, digest: Any = None) -> Iterator[tuple[dict[str, Any], str]
                 if line.strip():
                     where = f"{Path(path).name}, line {number}"
                     yield _object(line, where), where
-    except OSError as error:
-        raise DataError(f"instruct: {path}: {error.strerror or error}") from None
+    except (OSError, EOFError) as error:
+        raise DataError(f"instruct: {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:

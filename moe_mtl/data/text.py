@@ -205,4 +205,7 @@ def _prompts(prompts: list[str], tokenizer: Any) -> list[list[int]]:
 
 
 def _conversation(messages: Messages, tokenizer: Any, prompt: bool) -> list[int]:
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False))
+    try:
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False))
+    except Exception as error:  # templates raise what they like
+        raise DataError(f"the tokenizer's chat template refuses a conversation: {error}") from error

@@ -45,6 +45,10 @@ def build_text(recipe: Recipe, tasks: Sequence[str]) -> tuple[Any, Any, list[str
     if (where / ADAPTER).is_file():
         if section.adapter is not None:
             raise RecipeError(f"model.adapter: expected none, as {section.source} is an adapter itself")
+        if section.dtype is not None or section.quantization is not None:
+            raise RecipeError(
+                f"model.dtype, model.quantization: expected none, as {section.source} is an adapter itself"
+            )
         model = load_adapter(section.source, is_trainable=True)
         own = getattr(model.active_peft_config, "tasks", None)
         if own is not None and (missing := [task for task in tasks if task not in own]):
@@ -53,7 +57,7 @@ def build_text(recipe: Recipe, tasks: Sequence[str]) -> tuple[Any, Any, list[str
             )
         known = known if own is None else list(own)
     else:
-        model = _base(section, where if where.is_dir() else section.source, recipe.train.gradient_checkpointing)
+        model = base_model(section, recipe.train.gradient_checkpointing)
         if section.adapter is not None:
             model = _adapted(model, section.adapter, tasks)
             model.peft_config["default"].base_model_name_or_path = section.source
@@ -86,7 +90,11 @@ def _new(section: ModelSection) -> tuple[Any, Any]:
         raise RecipeError(f"section 'model': {' '.join(str(error.__cause__ or error).split())}") from None
 
 
-def _base(section: ModelSection, where: str | Path, checkpointing: bool) -> Any:
+def base_model(section: ModelSection, checkpointing: bool = False) -> Any:
+    """The saved language model of a recipe, in the dtype and quantisation that it asks for."""
+    source = str(section.source)
+    folder = zoo().get(source, Path(source))
+    where = folder if folder.is_dir() else source
     options: dict[str, Any] = {"use_safetensors": True}
     if section.dtype is not None:
         options["dtype"] = getattr(torch, section.dtype)
@@ -119,7 +127,10 @@ def _adapted(base: Any, section: AdapterSection, tasks: Sequence[str]) -> PeftMo
         if key not in fields or key in ("tasks", "task_type", "peft_type"):
             why = "comes from the data" if key in fields else "has no such field"
             raise RecipeError(f"model.adapter: unknown key {key!r}: {section.method} {why}{nearest(key, fields)}")
-    given = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"} | section.config
+    given: dict[str, Any] = {"task_type": "CAUSAL_LM"} | (
+        {"target_modules": "all-linear"} if "target_modules" in fields else {}
+    )
+    given |= section.config
     kind: Any = config_class.adapter_class if issubclass(config_class, RankConfig) else None
     if kind is not None and (kind.by_task or kind.by_preference):
         given["tasks"] = list(tasks)

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from ..data import DataError
 from ..data.instruct import Prompt, read_prompts
 from ..data.text import prompt_tokens
 from ..naming import nearest
-from .text_run import load_text
+from .text_run import chat_of, load_text
 from .text_trainer import pad_token, task_keyword
 
 
@@ -25,7 +26,7 @@ def predict_text(
     Args:
         folder: of the model.
         path: JSON lines with `prompt` or `messages`, and `task` unless `task` is given.
-        task: of all prompts.
+        task: of prompts that say none.
         batch_size: prompts at a time.
         max_new_tokens: of the longest answer.
 
@@ -36,7 +37,7 @@ def predict_text(
         DataError: a malformed line, with its number; a task that the adapter does not know; before anything is
             answered.
     """
-    prompts = read_prompts(path, task)
+    prompts = read_prompts(path, task, chat_of(folder))
     model, tokenizer, known = load_text(folder)
     for prompt in prompts:
         if known is not None and prompt.task not in known:
@@ -63,9 +64,17 @@ def _answers(
         numbers = torch.tensor([known.index(str(prompt.task)) for prompt in prompts])
         if keyword == "preference":
             inputs["preference"] = torch.nn.functional.one_hot(numbers, len(known)).float()
-        elif keyword == "tasks":
-            inputs["tasks"] = numbers
+        elif keyword is not None:
+            inputs[keyword] = numbers
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in inputs.items()}
-    found = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
+    # The likeliest token each time, as evaluation has it: nothing of what the base model's own settings would change.
+    eos = model.generation_config.eos_token_id
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id if eos is None else eos,
+    )
+    found = model.generate(**inputs, generation_config=settings)
     return tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)

@@ -8,21 +8,32 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from ..data import DataError
 from ..data.text import Example, TextSplits, TokenTable, encode
-from ..files import staged_folder, write_atomically
+from ..files import read_json, staged_folder, write_atomically
 from ..hub import write_manifest
 from ..tuners import load_adapter
 from .callbacks import Progress
 from .checkpoints import keep_last_checkpoints, remove_stale_staging
-from .recipe import Recipe, RecipeError, recipe_sha256
+from .recipe import Recipe, RecipeError, load_recipe, recipe_sha256
 from .run import SECONDS_BETWEEN_SAVES, RunResult, check_finite, load_data, reporter, training_arguments
 from .saved import METRICS, RECIPE, plain
-from .text_building import ADAPTER, build_text
-from .text_trainer import TextEvaluation, TextTrainer, curve, evaluate_text, pack, pad_token, save_model
+from .text_building import ADAPTER, base_model, build_text
+from .text_trainer import (
+    TextEvaluation,
+    TextTrainer,
+    curve,
+    evaluate_text,
+    keeps_packed_apart,
+    pack,
+    pad_token,
+    save_model,
+    task_keyword,
+)
 
 LIBRARIES = ("torch", "transformers", "peft", "moe-mtl")
 
@@ -69,6 +80,7 @@ def run_text(
             "loss": {name: result.loss for name, result in results.items()},
             "curve": curve(trainer.state.log_history),
             "model_type": _type(model),
+            "tasks": tasks,
             "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "seed": recipe.train.seed,
             "recipe_sha256": recipe_sha256(recipe),
@@ -91,11 +103,22 @@ def run_text(
 def load_text(folder: Path) -> tuple[Any, Any, list[str] | None]:
     """A saved language model or adapter, its tokeniser, and the tasks that it tells apart, if it does."""
     model: Any
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    section = load_recipe(folder / RECIPE).model if (folder / RECIPE).is_file() else None
+    tasks = None
     if not (folder / ADAPTER).is_file():
         model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
-        return model.eval(), AutoTokenizer.from_pretrained(folder), None
-    model = load_adapter(folder)
-    return model.eval(), AutoTokenizer.from_pretrained(folder), getattr(model.active_peft_config, "tasks", None)
+    else:
+        base = None  # as the adapter names it; or as it was in training
+        if section is not None and section.adapter is not None and (section.dtype or section.quantization):
+            base = base_model(section)
+        model = load_adapter(folder, base)
+        tasks = getattr(model.active_peft_config, "tasks", None)
+        if task_keyword(model) == "task_ids":  # which PEFT knows by number alone
+            tasks = read_json(folder, METRICS).get("tasks")
+    if torch.accelerator.is_available() and (section is None or section.quantization is None):
+        model = model.to(torch.accelerator.current_accelerator())
+    return model.eval(), tokenizer, tasks
 
 
 def evaluate_saved_text(folder: Path, split: str, recipe: Recipe) -> TextEvaluation:
@@ -132,6 +155,11 @@ def evaluate_examples(
     return evaluate_text(model, table, batch_size, pad_token(tokenizer))
 
 
+def chat_of(folder: Path) -> bool:
+    """Whether a saved model was trained on plain prompts as messages of a user."""
+    return (folder / RECIPE).is_file() and bool(load_recipe(folder / RECIPE).data.options.get("chat"))
+
+
 def encode_split(recipe: Recipe, examples: Any, tokenizer: Any, tasks: list[str]) -> TokenTable:
     """Examples as a recipe wants them cut."""
     return encode(examples, tokenizer, tasks, recipe.train.max_length, recipe.train.truncate)
@@ -165,6 +193,12 @@ def _trainer(
     packed = None
     if section.packing:
         assert section.max_length is not None
+        if not keeps_packed_apart(model, tables["train"]):
+            found = recipe.model.source or recipe.model.type
+            raise RecipeError(
+                "train.packing: expected a model that keeps packed examples apart by their positions, found "
+                f"{found}, whose tokens see the examples before their own; turn packing off"
+            )
         packed = pack(tables["train"], section.max_length)
     return TextTrainer(
         model,

@@ -156,7 +156,9 @@ class TextTrainer(CrashSafeTrainer):
             processing_class=tokenizer,
             **options,
         )
+        self.adds_losses = None
         if isinstance(model, PeftModel) and isinstance(model.base_model, RankTuner):
+            self.adds_losses = model.base_model.current_tasks.losses
             self.add_callback(BalanceRanks())
         if early_stopping is not None:
             trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -177,11 +179,18 @@ class TextTrainer(CrashSafeTrainer):
         return BatchLoader(rows, batches, pin, self.args.process_index, self.args.world_size)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's own, watched; of a model that mixes tasks, `sum_t lambda_t L_t` for a `lambda` that is drawn."""
+        """The model's own, watched; of a model that mixes tasks weighed by a preference that is drawn."""
         inputs = {**inputs, "use_cache": False}
         found: Any
+        num_items = kwargs.get("num_items_in_batch")
+        # The trainer sums over the batches of a step and over processes what it divided by all their tokens.
+        several = self.current_gradient_accumulation_steps * self.args.world_size
+        if self.adds_losses is not None:
+            self.adds_losses.factor = 1.0 if num_items is None else 1 / several
         if self.keyword == "preference" and model.training:
-            found = self._weighed(model, inputs, kwargs.get("num_items_in_batch"))
+            found = self._weighed(model, inputs, num_items)
+            if num_items is not None and self.args.average_tokens_across_devices:
+                found = found * self.accelerator.num_processes
         else:
             found = super().compute_loss(model, inputs, *args, **kwargs)
         if model.training:
@@ -192,7 +201,10 @@ class TextTrainer(CrashSafeTrainer):
         return found
 
     def _weighed(self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
-        """One preference for the batch, near the corners of the simplex, where single tasks are, and between them."""
+        """One preference for the batch, near the corners of the simplex, where single tasks are, and between them.
+
+        A token's loss is weighed by its task's preference, so that a task counts by its tokens, as in the plain loss.
+        """
         tasks, labels_BL = inputs.pop("tasks"), inputs.pop("labels")
         weights_T = torch.distributions.Dirichlet(torch.full((self.num_tasks,), 1 / self.num_tasks)).sample()
         weights_T = weights_T.to(labels_BL.device)
@@ -249,6 +261,31 @@ def pack(table: TokenTable, length: int) -> list[dict[str, Any]]:
     finally:
         if bars:
             enable_progress_bar()
+
+
+@torch.no_grad()
+def keeps_packed_apart(model: Any, table: TokenTable) -> bool:
+    """Whether a model answers two examples in one row as it answers each by itself: not all tell them by positions."""
+    samples = [table[i] for i in range(min(2, len(table)))]
+    packed = {key: [token for one in samples for token in one[key]] for key in samples[0]}
+    lengths = [len(one["input_ids"]) for one in samples]
+    keyword, device, was_training = task_keyword(model), next(model.parameters()).device, model.training
+
+    def logits(sample: dict[str, Any]) -> Tensor:
+        batch = _named(collate([sample], 0), keyword, len(table.tasks))
+        if keyword == "preference":
+            batch["preference"] = torch.full((len(table.tasks),), 1 / len(table.tasks))
+        inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+        return model(**inputs, use_cache=False).logits[0].float()
+
+    model.eval()
+    try:
+        together = logits(packed | {"seq_lengths": lengths}).split(lengths)
+        apart = [logits(one | {"seq_lengths": [n]}) for one, n in zip(samples, lengths, strict=True)]
+    finally:
+        model.train(was_training)
+    slack = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1
+    return all(torch.allclose(a, b, rtol=slack, atol=slack) for a, b in zip(together, apart, strict=True))
 
 
 def pad_token(tokenizer: Any) -> int:

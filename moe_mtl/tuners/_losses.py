@@ -19,10 +19,12 @@ class AddedLosses:
     Attributes:
         terms: of the layers that ran since the last call began, by thread: the replicas of a data-parallel model run
             side by side, each in its own.
+        factor: of what is added: the share of one call, where the losses of several are summed up.
     """
 
     def __init__(self) -> None:
         self.terms: dict[int, list[Tensor]] = {}
+        self.factor = 1.0
         self.scale: Tensor | None = None  # gradient of one term, in the backward
 
     def enter(self, *_: Any) -> None:
@@ -36,7 +38,7 @@ class AddedLosses:
         if not terms or not isinstance(loss, Tensor) or loss.dim():
             return output
         mean = torch.stack([term.to(loss.device) for term in terms]).mean()
-        total = _Added.apply(loss, mean, self, len(terms))
+        total = _Added.apply(loss, mean * self.factor, self, len(terms))
         if isinstance(output, tuple):
             return (total, *output[1:])
         output["loss"] = total
@@ -53,13 +55,13 @@ class AddedLosses:
 class _Added(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, mean: Tensor, losses: AddedLosses, number: int) -> Tensor:
-        ctx.losses, ctx.number = losses, number
+        ctx.losses, ctx.share = losses, losses.factor / number
         return loss + mean.to(loss.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        ctx.losses.scale = grad / ctx.number
+        ctx.losses.scale = grad * ctx.share
         return grad, grad.float(), None, None
 
 

@@ -131,6 +131,35 @@ def test_on_weights_of_another_dtype(base, lines, tmp_path, capsys, dtype):
     assert json.loads(capsys.readouterr().out)["steps"] == 2
 
 
+def test_prompts_in_plain_text_of_a_model_trained_in_chats(base, lines, tmp_path, capsys):
+    further = ["--data.chat", "true", "--train.epochs", "null", "--train.max_steps", "1"]
+    assert train("instruct/mtl-lora", base, lines, tmp_path / "run", *further) == 0
+    capsys.readouterr()
+    files = [tmp_path / "plain.jsonl", tmp_path / "chat.jsonl"]
+    files[0].write_text('{"task": "upper", "prompt": "w1", "completion": "W1"}\n')
+    turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "W1"}]
+    files[1].write_text(json.dumps({"task": "upper", "messages": turns}) + "\n")
+    losses = []
+    for path in files:
+        assert main(["evaluate", str(tmp_path / "run"), "--data", str(path), "--json"]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    assert losses[0] == losses[1]
+    assert main(["predict", str(tmp_path / "run"), str(files[1])]) == 2
+    assert "line 1: expected a line without its answer" in capsys.readouterr().err
+
+
+def test_cost_of_an_adapter(base, lines, tmp_path, capsys):
+    own = AutoModelForCausalLM.from_pretrained(base).num_parameters()
+    for name in ("mtl-lora", "lori", "lora"):
+        further = ["--train.epochs", "null", "--train.max_steps", "1"]
+        assert train(f"instruct/{name}", base, lines, tmp_path / name, *further) == 0
+        trained = json.loads(capsys.readouterr().out)["parameters"]
+        assert main(["cost", str(tmp_path / name), "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["base"] == own
+        assert told["adapter"].get("trained", told["adapter"]["stored"]) == trained
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -156,6 +185,7 @@ def test_a_malformed_line_is_refused_with_its_number_before_any_work(base, lines
         (["extract", "RUN", "uper", "--output", "OUT"], "found 'uper'; did you mean 'upper'"),
         (["extract", "RUN", "upper", "chat", "--output", "OUT"], "expected one task"),
         (["extract", "BASE", "upper", "--output", "OUT"], "expected an adapter, found a language model"),
+        (["extract", "lori-word-edits", "upper", "--output", "OUT"], "does not tell tasks apart"),
     ],
 )
 def test_what_cannot_be_asked(base, lines, tmp_path, capsys, arguments, message):

@@ -221,6 +221,53 @@ def test_packing_changes_no_loss(base, tmp_path):
     run(adapter(base, train={"packing": True, "max_length": 64}), tmp_path / "packed", progress=False)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+def test_packing_is_refused_where_examples_would_see_each_other(tmp_path):
+    sizes = {"hidden_size": 16, "n_layer": 1, "n_head": 2}
+    recipe = recipe_of({"type": "bloom", **sizes}, train={"packing": True, "max_length": 64})
+    with pytest.raises(RecipeError, match=r"train\.packing: .* found bloom"):
+        run(recipe, tmp_path / "run", progress=False)
+
+
+def test_the_balance_of_mixlora_does_not_grow_with_accumulation(base, tmp_path, monkeypatch):
+    from moe_mtl.tuners._losses import AddedLosses
+
+    added = []
+    leave = AddedLosses.leave
+
+    def watched(self, model, args, output):
+        if output.loss is None:
+            return leave(self, model, args, output)
+        before = float(output["loss"].detach())
+        out = leave(self, model, args, output)
+        added.append(float(out["loss"].detach()) - before)
+        return out
+
+    monkeypatch.setattr(AddedLosses, "leave", watched)
+    fields = {"num_experts": 2, "balance_coef": 1.0, "target_modules": ["mlp"]}
+    for batches in (1, 2):
+        train = {"max_steps": 1, "batch_size": 8 // batches, "gradient_accumulation": batches, "eval_steps": 9}
+        recipe = adapter(base, "mixlora", train=train, **fields)
+        added.clear()
+        run(recipe, tmp_path / f"run{batches}", progress=False)
+        in_step = sum(added[:batches])
+        assert 0.5 < in_step < 1.5, batches
+
+
+def test_poly_remembers_its_tasks(base, tmp_path):
+    from moe_mtl.training.text_predict import predict_text
+    from moe_mtl.training.text_run import evaluate_examples
+
+    run(adapter(base, "poly", n_skills=2), tmp_path / "run", progress=False)
+    examples = word_edits.load(word_edits.Options(tuple(EDITS))).test
+    alone = [example for example in examples if example.task == "sort"]
+    whole = evaluate_examples(tmp_path / "run", examples, 64).metrics["sort"]
+    assert evaluate_examples(tmp_path / "run", alone, 64).metrics["sort"] == pytest.approx(whole, rel=1e-5)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"task": "sort", "prompt": "S:ab="}\n')
+    assert len(list(predict_text(tmp_path / "run", str(path), max_new_tokens=2))) == 1
+
+
 def test_gradient_checkpointing_changes_nothing(base, tmp_path):
     plain = run(adapter(base), tmp_path / "plain", progress=False).model.state_dict()
     again = run(adapter(base, train={"gradient_checkpointing": True}), tmp_path / "again", progress=False).model
