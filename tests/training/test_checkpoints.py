@@ -102,12 +102,12 @@ def test_the_last_two_are_kept_whole_and_readable_alike(finished):
     assert [path.name for path in checkpoints_in(finished)] == ["checkpoint-4", "checkpoint-6"]
     assert find_last_complete_checkpoint(finished) == finished / "checkpoint-6"
     names = {path.name for path in (finished / "checkpoint-6").iterdir()}
-    assert {*REQUIRED, "model.safetensors", "rng_state.pth", "manifest.json"} == names
+    assert {*REQUIRED, "config.json", "model.safetensors", "rng_state.pth", "manifest.json"} == names
     assert "training_args.bin" not in names
     assert len({path.stat().st_mode for path in (finished / "checkpoint-6").iterdir()}) == 1
 
 
-FILES = [*REQUIRED, "model.safetensors", "rng_state.pth", "manifest.json"]
+FILES = [*REQUIRED, "config.json", "model.safetensors", "rng_state.pth", "manifest.json"]
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -89,7 +89,11 @@ def base_for_add_task(few_rows, tmp_path):
     return run(recipe, tmp_path / "base", progress=False)
 
 
-@pytest.mark.parametrize("name", [name for name in list_recipes() if not name.endswith("add-task")])
+# Those of text are run by test_text_recipes.py and test_instruct_recipes.py.
+TABLES = [name for name in list_recipes() if not data.is_text(load_recipe(name).data.name)]
+
+
+@pytest.mark.parametrize("name", [name for name in TABLES if not name.endswith("add-task")])
 def test_every_recipe_trains_saves_and_predicts_what_it_evaluates(few_rows, tmp_path, name):
     recipe = load_recipe(name, SHORT)
     result = run(recipe, tmp_path / "out", progress=False)
