@@ -70,6 +70,11 @@ def zoo() -> dict[str, Path]:
     return {folder.name: folder for folder in sorted(folders)}
 
 
+def zoo_or(name: str | Path) -> str | Path:
+    """The folder of a zoo name; any other name as it is, for transformers to find: a folder or a Hub id."""
+    return zoo().get(str(name), name)
+
+
 def is_text_model(folder: str | Path) -> bool:
     """Whether a folder holds a language model or an adapter, not a model of tables."""
     return (Path(folder) / ADAPTER).is_file() or (Path(folder) / "tokenizer_config.json").is_file()

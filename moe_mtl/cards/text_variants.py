@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..hub import CONFIG
+from ..hub import ADAPTER, ADAPTER_WEIGHTS, CONFIG, WEIGHTS
 from ..training.recipe import Recipe, RecipeError, load_recipe
 from .bootstrap import Statistic, mean_statistic
 from .variants import Trained, Variant, canonical
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from ..data import TextSplits
 
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-MODEL = (CONFIG, "model.safetensors", "generation_config.json")
 SHARED, ACTIVE, EACH = "lora", "lora-active", "lora-each"
 PRIMARY = "exact_match"
 CLOSE = 0.1  # by what share the numbers of trained parameters may differ and still be called equal
@@ -35,7 +33,8 @@ class TextTask:
 
 def files(folder: Path) -> tuple[str, ...]:
     """What a card ships."""
-    return (*(ADAPTER if (folder / ADAPTER[0]).is_file() else MODEL), "tokenizer_config.json")
+    model = (CONFIG, WEIGHTS, "generation_config.json")
+    return (*((ADAPTER, ADAPTER_WEIGHTS) if (folder / ADAPTER).is_file() else model), "tokenizer_config.json")
 
 
 def measured_tasks(recipe: Recipe, splits: "TextSplits") -> list[TextTask]:
@@ -101,7 +100,7 @@ def task_costs(folder: Path, tasks: list[TextTask]) -> dict[str, dict[str, int]]
     found = {}
     for task in tasks:
         parameters, active = whole
-        if (folder / ADAPTER[0]).is_file():
+        if (folder / ADAPTER).is_file():
             try:
                 lora = extract_task(model, task.name if told else None)
             except NotImplementedError:
@@ -119,7 +118,7 @@ def _cost(folder: Path) -> tuple[int, int]:
     from ..tuners import RankTuner, count
 
     model, _, _ = load_text(folder)
-    if not (folder / ADAPTER[0]).is_file():
+    if not (folder / ADAPTER).is_file():
         table = model.get_input_embeddings().weight.numel()
         tied = model.config.tie_word_embeddings  # then the table is multiplied with too, as the head
         return model.num_parameters(), model.num_parameters() - (0 if tied else table)

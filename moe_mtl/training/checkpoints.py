@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..files import CheckpointError, staged_folder
-from ..hub import MANIFEST, verify_manifest
+from ..hub import ADAPTER, CONFIG, MANIFEST, verify_manifest
 
 PREFIX = "checkpoint-"
 # Without any of these a resumed run would silently differ from one that was not interrupted.
@@ -47,8 +47,8 @@ def verify_checkpoint(folder: str | Path) -> Path:
         )
     names = {path.name for path in folder.iterdir()}
     absent = [name for name in REQUIRED if name not in names]
-    if not names & {"config.json", "adapter_config.json"}:
-        absent.insert(0, "config.json")
+    if not names & {CONFIG, ADAPTER}:
+        absent.insert(0, CONFIG)
     if not any(re.fullmatch(r"rng_state(_\d+)?\.pth", name) for name in names):
         absent.append("rng_state.pth")
     if not any(name.endswith(".safetensors") for name in names):

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,7 @@ from .balancing import build_method
 from .building import build
 from .callbacks import ExpertHealth, Progress
 from .checkpoints import checkpoints_in, keep_last_checkpoints, remove_stale_staging
+from .crash_safe import CrashSafeTrainer
 from .evaluation import Evaluation, evaluate_table
 from .metrics import Metrics, standard_errors
 from .recipe import Recipe, RecipeError, TrainSection, load_recipe, recipe_sha256
@@ -126,28 +127,18 @@ def run(
         for name in recipe.eval.splits
     }
     errors = _errors(recipe, model, processor, tables, results)
-    steps = trainer.state.global_step
-    record = {
-        "metrics": {name: result.metrics for name, result in results.items()},
-        "loss": {name: result.loss for name, result in results.items()},
+    told = {
         **({"standard_error": errors} if errors else {}),
         "model_type": model.config.model_type,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "seed": recipe.train.seed,
-        "recipe_sha256": recipe_sha256(recipe),
-        "data": splits.info,
-        "eval_batch_size": recipe.train.eval_batch_size,
-        "steps": steps,
-        "best_step": trainer.state.best_global_step if trainer.best is not None else None,
-        "seconds": {
-            "prepare": prepared - start,
-            "train": trained - prepared,
-            "evaluate": time.perf_counter() - trained,
-        },
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     }
-    record = plain(record)
-    _save(output_dir, model, processor, recipe, record)
+    record = record_of(recipe, splits, trainer, results, told, (start, prepared, trained), LIBRARIES)
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    save_run(output_dir, recipe, record, save)
     return RunResult(record["metrics"], output_dir, record, model, processor)
 
 
@@ -199,24 +190,16 @@ def make_trainer(
 ) -> MultiTaskTrainer:
     """The trainer of a recipe's `train` section."""
     section = recipe.train
-    callbacks: list[Any] = [reporter(section.report_to, output_dir)] if section.report_to != "none" else []
-    if progress:
-        callbacks.append(Progress())
     trainer = MultiTaskTrainer(
         model,
         training_arguments(section, output_dir),
         train,
         validation,
         processor,
-        callbacks,
         loss_balancing=recipe.loss_method,
         gradient_balancing=recipe.gradient_method,
         task_sampling=section.task_sampling,
-        early_stopping=section.early_stopping,
-        one_cycle=section.schedule == "one_cycle",
-        adam=section.optimizer == "adam",
-        seconds_between_saves=SECONDS_BETWEEN_SAVES,
-        saved_along={RECIPE: recipe.to_yaml()},
+        **trainer_options(recipe, output_dir, progress),
     )
 
     def report(numbers: dict[str, float]) -> None:
@@ -224,6 +207,22 @@ def make_trainer(
 
     trainer.add_callback(ExpertHealth(validation, report if section.report_to != "none" else None))
     return trainer
+
+
+def trainer_options(recipe: Recipe, output_dir: Path, progress: bool) -> dict[str, Any]:
+    """What every trainer of a recipe is told beside its arguments."""
+    section = recipe.train
+    callbacks: list[Any] = [_reporter(section.report_to, output_dir)] if section.report_to != "none" else []
+    if progress:
+        callbacks.append(Progress())
+    return {
+        "callbacks": callbacks,
+        "early_stopping": section.early_stopping,
+        "one_cycle": section.schedule == "one_cycle",
+        "adam": section.optimizer == "adam",
+        "seconds_between_saves": SECONDS_BETWEEN_SAVES,
+        "saved_along": {RECIPE: recipe.to_yaml()},
+    }
 
 
 def training_arguments(section: TrainSection, output_dir: str | Path) -> TrainingArguments:
@@ -268,8 +267,7 @@ def training_arguments(section: TrainSection, output_dir: str | Path) -> Trainin
     )
 
 
-def reporter(name: str, output_dir: Path) -> Any:
-    """The callback that logs to a tracker."""
+def _reporter(name: str, output_dir: Path) -> Any:
     from transformers import integrations
 
     if name == "tensorboard":
@@ -376,12 +374,50 @@ def _errors(
     }
 
 
-def _save(
-    output_dir: Path, model: MultiTaskModel, processor: TabularProcessor, recipe: Recipe, record: dict[str, Any]
-) -> None:
+def record_of(
+    recipe: Recipe,
+    splits: DataSplits | TextSplits,
+    trainer: CrashSafeTrainer,
+    results: Mapping[str, Any],
+    told: dict[str, Any],
+    times: tuple[float, float, float],
+    libraries: Iterable[str],
+) -> dict[str, Any]:
+    """What `metrics.json` holds.
+
+    Args:
+        recipe, splits, trainer: of the run.
+        results: what was measured, by split.
+        told: what there is to say of the model.
+        times: when it began, when training began, and when it ended.
+        libraries: whose versions the numbers depend on.
+    """
+    start, prepared, trained = times
+    return plain(
+        {
+            "metrics": {name: result.metrics for name, result in results.items()},
+            "loss": {name: result.loss for name, result in results.items()},
+            **told,
+            "seed": recipe.train.seed,
+            "recipe_sha256": recipe_sha256(recipe),
+            "data": splits.info,
+            "eval_batch_size": recipe.train.eval_batch_size,
+            "steps": trainer.state.global_step,
+            "best_step": trainer.state.best_global_step if trainer.best is not None else None,
+            "seconds": {
+                "prepare": prepared - start,
+                "train": trained - prepared,
+                "evaluate": time.perf_counter() - trained,
+            },
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
+        }
+    )
+
+
+def save_run(output_dir: Path, recipe: Recipe, record: dict[str, Any], save: Callable[[Path], None]) -> None:
+    """The folder of a run, at once; `save` writes the model's own files."""
     with staged_folder(output_dir) as staging:
-        model.save_pretrained(staging)
-        processor.save_pretrained(staging)
+        save(staging)
         write_atomically(staging / RECIPE, recipe.to_yaml())
         write_atomically(staging / METRICS, json.dumps(record, indent=1, allow_nan=False) + "\n")
         write_manifest(staging)

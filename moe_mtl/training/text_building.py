@@ -13,13 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..hub import zoo
+from ..hub import ADAPTER, zoo_or
 from ..naming import nearest
 from ..tuners import RankConfig, load_adapter
 from .building import freeze
 from .recipe import AdapterSection, ModelSection, Recipe, RecipeError
-
-ADAPTER = "adapter_config.json"
 
 
 def build_text(recipe: Recipe, tasks: Sequence[str]) -> tuple[Any, Any, list[str]]:
@@ -40,9 +38,9 @@ def build_text(recipe: Recipe, tasks: Sequence[str]) -> tuple[Any, Any, list[str
     if section.config:
         key = next(iter(section.config))
         raise RecipeError(f"section 'model': unknown key {key!r}: the config of a saved language model is not changed")
-    where = zoo().get(section.source, Path(section.source))
+    where = zoo_or(section.source)
     known = list(tasks)
-    if (where / ADAPTER).is_file():
+    if (Path(where) / ADAPTER).is_file():
         if section.adapter is not None:
             raise RecipeError(f"model.adapter: expected none, as {section.source} is an adapter itself")
         if section.dtype is not None or section.quantization is not None:
@@ -62,7 +60,7 @@ def build_text(recipe: Recipe, tasks: Sequence[str]) -> tuple[Any, Any, list[str
             model = _adapted(model, section.adapter, tasks)
             model.peft_config["default"].base_model_name_or_path = section.source
     freeze(model, section.freeze, set())
-    tokenizer = AutoTokenizer.from_pretrained(where if where.is_dir() else section.source)
+    tokenizer = AutoTokenizer.from_pretrained(where)
     return model, tokenizer, known
 
 
@@ -92,9 +90,7 @@ def _new(section: ModelSection) -> tuple[Any, Any]:
 
 def base_model(section: ModelSection, checkpointing: bool = False) -> Any:
     """The saved language model of a recipe, in the dtype and quantisation that it asks for."""
-    source = str(section.source)
-    folder = zoo().get(source, Path(source))
-    where = folder if folder.is_dir() else source
+    where = zoo_or(str(section.source))
     options: dict[str, Any] = {"use_safetensors": True}
     if section.dtype is not None:
         options["dtype"] = getattr(torch, section.dtype)

@@ -15,7 +15,7 @@ from ..data.instruct import Prompt, read_prompts
 from ..data.text import prompt_tokens
 from ..naming import nearest
 from .text_run import chat_of, load_text
-from .text_trainer import pad_token, task_keyword
+from .text_trainer import named, pad_token, task_keyword
 
 
 def predict_text(
@@ -59,13 +59,9 @@ def _answers(
         "input_ids": torch.tensor([[pad] * (longest - len(one)) + one for one in ids]),
         "attention_mask": torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in ids]),
     }
-    keyword = task_keyword(model)
     if known is not None:
-        numbers = torch.tensor([known.index(str(prompt.task)) for prompt in prompts])
-        if keyword == "preference":
-            inputs["preference"] = torch.nn.functional.one_hot(numbers, len(known)).float()
-        elif keyword is not None:
-            inputs[keyword] = numbers
+        inputs["tasks"] = torch.tensor([known.index(str(prompt.task)) for prompt in prompts])
+        inputs = named(inputs, task_keyword(model), len(known))
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in inputs.items()}
     # The likeliest token each time, as evaluation has it: nothing of what the base model's own settings would change.

@@ -1,10 +1,7 @@
 """A recipe of text from beginning to end: load, encode, train, measure, save. Nothing that is not whole appears."""
 
-import json
-import platform
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from ..data import DataError
 from ..data.text import Example, TextSplits, TokenTable, encode
-from ..files import read_json, staged_folder, write_atomically
-from ..hub import write_manifest
+from ..files import read_json
+from ..hub import ADAPTER
 from ..tuners import load_adapter
-from .callbacks import Progress
-from .checkpoints import keep_last_checkpoints, remove_stale_staging
-from .recipe import Recipe, RecipeError, load_recipe, recipe_sha256
-from .run import SECONDS_BETWEEN_SAVES, RunResult, check_finite, load_data, reporter, training_arguments
-from .saved import METRICS, RECIPE, plain
-from .text_building import ADAPTER, base_model, build_text
+from .recipe import Recipe, RecipeError, load_recipe
+from .run import RunResult, check_finite, load_data, record_of, save_run, trainer_options, training_arguments
+from .saved import METRICS, RECIPE
+from .text_building import base_model, build_text
 from .text_trainer import (
     TextEvaluation,
     TextTrainer,
@@ -74,29 +69,19 @@ def run_text(
         name: evaluate_text(model, tables[name], recipe.train.eval_batch_size, pad_token(tokenizer))
         for name in recipe.eval.splits
     }
-    record = plain(
-        {
-            "metrics": {name: result.metrics for name, result in results.items()},
-            "loss": {name: result.loss for name, result in results.items()},
-            "curve": curve(trainer.state.log_history),
-            "model_type": _type(model),
-            "tasks": tasks,
-            "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "seed": recipe.train.seed,
-            "recipe_sha256": recipe_sha256(recipe),
-            "data": splits.info,
-            "eval_batch_size": recipe.train.eval_batch_size,
-            "steps": trainer.state.global_step,
-            "best_step": trainer.state.best_global_step if trainer.best is not None else None,
-            "seconds": {
-                "prepare": prepared - start,
-                "train": trained - prepared,
-                "evaluate": time.perf_counter() - trained,
-            },
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-        }
-    )
-    _save(output_dir, model, tokenizer, recipe, record)
+    told = {
+        "curve": curve(trainer.state.log_history),
+        "model_type": _type(model),
+        "tasks": tasks,
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+    record = record_of(recipe, splits, trainer, results, told, (start, prepared, trained), LIBRARIES)
+
+    def save(folder: Path) -> None:
+        save_model(model, folder)
+        tokenizer.save_pretrained(folder)
+
+    save_run(output_dir, recipe, record, save)
     return RunResult(record["metrics"], output_dir, record, model, tokenizer)
 
 
@@ -185,9 +170,6 @@ def _trainer(
     recipe: Recipe, model: Any, tokenizer: Any, tables: dict[str, TokenTable], output_dir: Path, progress: bool
 ) -> TextTrainer:
     section = recipe.train
-    callbacks: list[Any] = [reporter(section.report_to, output_dir)] if section.report_to != "none" else []
-    if progress:
-        callbacks.append(Progress())
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     packed = None
@@ -206,13 +188,8 @@ def _trainer(
         tables["train"],
         tables["validation"],
         tokenizer,
-        callbacks,
         packed=packed,
-        early_stopping=section.early_stopping,
-        one_cycle=section.schedule == "one_cycle",
-        adam=section.optimizer == "adam",
-        seconds_between_saves=SECONDS_BETWEEN_SAVES,
-        saved_along={RECIPE: recipe.to_yaml()},
+        **trainer_options(recipe, output_dir, progress),
     )
 
 
@@ -220,14 +197,3 @@ def _type(model: Any) -> str:
     if isinstance(model, PeftModel):
         return str(model.active_peft_config.peft_type.value).lower()
     return model.config.model_type
-
-
-def _save(output_dir: Path, model: Any, tokenizer: Any, recipe: Recipe, record: dict[str, Any]) -> None:
-    with staged_folder(output_dir) as staging:
-        save_model(model, staging)
-        tokenizer.save_pretrained(staging)
-        write_atomically(staging / RECIPE, recipe.to_yaml())
-        write_atomically(staging / METRICS, json.dumps(record, indent=1, allow_nan=False) + "\n")
-        write_manifest(staging)
-    keep_last_checkpoints(output_dir, 0)
-    remove_stale_staging(output_dir)

@@ -84,7 +84,7 @@ def evaluate_text(model: nn.Module, table: TokenTable, batch_size: int, pad: int
     try:
         for batch in table.batches(batch_size, pad):
             rows_B, labels_BL = batch.pop("rows"), batch.pop("labels")[:, 1:].to(device)
-            inputs = _named(batch, keyword, len(table.tasks))
+            inputs = named(batch, keyword, len(table.tasks))
             logits_BLC = model(**{key: value.to(device) for key, value in inputs.items()}, use_cache=False).logits
             logits_BLC = logits_BLC[:, :-1]
             asked_BL = labels_BL != IGNORED
@@ -272,7 +272,7 @@ def keeps_packed_apart(model: Any, table: TokenTable) -> bool:
     keyword, device, was_training = task_keyword(model), next(model.parameters()).device, model.training
 
     def logits(sample: dict[str, Any]) -> Tensor:
-        batch = _named(collate([sample], 0), keyword, len(table.tasks))
+        batch = named(collate([sample], 0), keyword, len(table.tasks))
         if keyword == "preference":
             batch["preference"] = torch.full((len(table.tasks),), 1 / len(table.tasks))
         inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
@@ -302,10 +302,10 @@ class _Rows(Dataset):
 
     def __getitems__(self, chosen: Tensor) -> dict[str, Tensor]:
         batch = collate([self.rows[int(i)] for i in chosen], self.pad)
-        return batch if self.keyword == "preference" else _named(batch, self.keyword, 0)
+        return batch if self.keyword == "preference" else named(batch, self.keyword, 0)
 
 
-def _named(batch: dict[str, Tensor], keyword: str | None, num_tasks: int) -> dict[str, Tensor]:
+def named(batch: dict[str, Tensor], keyword: str | None, num_tasks: int) -> dict[str, Tensor]:
     """Tasks under the keyword; to a model that mixes tasks, each sample prefers its own."""
     tasks = batch.pop("tasks")
     if keyword == "preference":

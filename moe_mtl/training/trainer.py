@@ -51,12 +51,7 @@ class MultiTaskTrainer(CrashSafeTrainer):
         loss_balancing, gradient_balancing: name and options of a method of TorchJD; at most one of the two.
         task_sampling: draw batches of one task each.
         early_stopping: when to stop; the best weights are restored at the end in any case.
-        one_cycle: use the one-cycle schedule instead of `args.lr_scheduler_type`; `args.warmup_steps` is its rise, a
-            share of 30 % where that is 0.
-        adam: L2 regularisation instead of decoupled weight decay.
-        seconds_between_saves: a checkpoint that falls due at the end of an epoch is left out if the last one is
-            younger; what is saved stays exact, and small models do not spend their time on the disk.
-        saved_along: text files, by name, that each checkpoint holds too.
+        options: further ones of `CrashSafeTrainer`.
 
     Raises:
         RecipeError: settings that cannot go together.
@@ -81,10 +76,7 @@ class MultiTaskTrainer(CrashSafeTrainer):
         gradient_balancing: tuple[str, Mapping[str, Any]] | None = None,
         task_sampling: TaskSampling | None = None,
         early_stopping: EarlyStopping | None = None,
-        one_cycle: bool = False,
-        adam: bool = False,
-        seconds_between_saves: float = 0.0,
-        saved_along: Mapping[str, str] | None = None,
+        **options: Any,
     ):
         self.tasks = model.config.parsed_tasks
         super().__init__(
@@ -92,13 +84,10 @@ class MultiTaskTrainer(CrashSafeTrainer):
             args,
             [task.name for task in self.tasks],
             callbacks,
-            one_cycle=one_cycle,
-            adam=adam,
-            seconds_between_saves=seconds_between_saves,
-            saved_along=saved_along,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
+            **options,
         )
         vars(model.config).pop("use_cache", None)  # the library writes it into every config; ours have no such field
         self.task_sampling = task_sampling

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from ..files import UnsafeFileError
-from ..hub import resolve, verify_manifest, zoo
+from ..hub import ADAPTER, ADAPTER_WEIGHTS, resolve, verify_manifest, zoo_or
 from ._base import RankLayer
 from ._tasks import Preference, Told, weights_of
 
@@ -107,10 +107,10 @@ def load_adapter(name: str | Path, model: nn.Module | None = None, **options: An
         CheckpointError: its files were damaged.
     """
     folder = resolve(name)
-    if not (folder / "adapter_config.json").is_file():
-        raise ValueError(f"expected the folder of an adapter, with adapter_config.json, found {folder}")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UnsafeFileError(f"expected adapter_model.safetensors in {folder}, found none; pickles are not read")
+    if not (folder / ADAPTER).is_file():
+        raise ValueError(f"expected the folder of an adapter, with {ADAPTER}, found {folder}")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise UnsafeFileError(f"expected {ADAPTER_WEIGHTS} in {folder}, found none; pickles are not read")
     verify_manifest(folder)
     config: Any = PeftConfig.from_pretrained(str(folder))
     if model is None:
@@ -119,8 +119,7 @@ def load_adapter(name: str | Path, model: nn.Module | None = None, **options: An
         if not base or kind not in classes:
             found = f"{base!r} and {kind}"
             raise ValueError(f"model: expected the base model, as {folder} does not say which language model: {found}")
-        where = zoo().get(str(base), base)
-        model = classes[kind].from_pretrained(where, use_safetensors=True)
+        model = classes[kind].from_pretrained(zoo_or(base), use_safetensors=True)
     return PeftModel.from_pretrained(model, str(folder), config=config, **options)
 
 
