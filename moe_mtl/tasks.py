@@ -129,11 +129,6 @@ class Task:
         return out
 
     @property
-    def dense(self) -> bool:
-        """Whether the answer is a map the size of the image."""
-        return self.kind in ("segmentation", "saliency", "edges", "normals", "depth")
-
-    @property
     def reported_metrics(self) -> tuple[str, ...]:
         return self.metrics or KINDS[self.kind].metrics
 
