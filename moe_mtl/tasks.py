@@ -1,26 +1,25 @@
-"""What a task is: its name, its kind, and the one table that says what each kind of label means.
+"""What a task is: its name, its kind, its loss; what each kind of label means is the table in `kinds.py`.
 
-Shapes: `B` rows of a batch, `C` outputs of a task.
+Shapes: `B` rows of a batch, `C` outputs of a task, `H`, `W` height and width of a map in pixels.
 """
 
 import dataclasses
 import keyword
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .kinds import KINDS
 from .naming import nearest
 
 # A model keeps its towers in a ModuleDict under the tasks' names, so these are taken ("type", "items", "train", ...).
 _TAKEN = frozenset(dir(torch.nn.ModuleDict()))
 
 SHARED = "shared"  # what is no task's own, wherever parts are named after tasks
-METRICS = ("auc", "group_auc", "log_loss", "accuracy", "f1", "rmse", "mae")
 
 
 class UnknownTaskError(KeyError):
@@ -32,76 +31,6 @@ class UnknownTaskError(KeyError):
 
     def __str__(self) -> str:  # KeyError would print the repr of the message
         return self.args[0]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One kind of label.
-
-    Attributes:
-        label_dtype: dtype of the label tensor.
-        loss: `(logits_BC, labels) -> loss_B`; only called on labelled rows.
-        predict: `logits_BC -> ` probabilities or values, see `Task.predict`.
-        metrics: what is reported when the task names no metrics.
-        allowed_metrics: what can be reported.
-    """
-
-    label_dtype: torch.dtype
-    loss: Callable[[Tensor, Tensor], Tensor]
-    predict: Callable[[Tensor], Tensor]
-    metrics: tuple[str, ...]
-    allowed_metrics: tuple[str, ...]
-
-    @property
-    def missing(self) -> float | int:
-        """The label that marks a missing one: NaN for floats, -100 for integers."""
-        return float("nan") if self.label_dtype.is_floating_point else -100
-
-
-def _one_column(values_BC: Tensor) -> Tensor:
-    return values_BC.squeeze(-1) if values_BC.shape[-1] == 1 else values_BC
-
-
-def _sigmoid(logits: Tensor) -> Tensor:
-    """In float64, then rounded: float32's vector and scalar code differ in the last bit, so that an answer would
-    depend on where in its batch a row stands."""
-    return torch.sigmoid(logits.double()).to(logits.dtype)
-
-
-KINDS: dict[str, Kind] = {
-    "binary": Kind(
-        label_dtype=torch.float32,
-        loss=lambda logits_BC, labels_B: F.binary_cross_entropy_with_logits(
-            logits_BC.squeeze(-1), labels_B, reduction="none"
-        ),
-        predict=lambda logits_BC: _sigmoid(logits_BC.squeeze(-1)),
-        metrics=("auc", "log_loss"),
-        allowed_metrics=("auc", "group_auc", "log_loss", "accuracy", "f1"),
-    ),
-    "multiclass": Kind(
-        label_dtype=torch.int64,
-        loss=lambda logits_BC, labels_B: F.cross_entropy(logits_BC, labels_B, reduction="none"),
-        predict=lambda logits_BC: torch.softmax(logits_BC, dim=-1),
-        metrics=("accuracy", "log_loss"),
-        allowed_metrics=("auc", "log_loss", "accuracy", "f1"),
-    ),
-    "multilabel": Kind(
-        label_dtype=torch.float32,
-        loss=lambda logits_BC, labels_BC: F.binary_cross_entropy_with_logits(
-            logits_BC, labels_BC, reduction="none"
-        ).mean(-1),
-        predict=_sigmoid,
-        metrics=("auc", "log_loss"),
-        allowed_metrics=("auc", "log_loss", "accuracy", "f1"),
-    ),
-    "regression": Kind(
-        label_dtype=torch.float32,
-        loss=lambda logits_BC, labels: (logits_BC - labels.reshape(logits_BC.shape)).square().mean(-1),
-        predict=_one_column,
-        metrics=("rmse", "mae"),
-        allowed_metrics=("rmse", "mae"),
-    ),
-}
 
 
 def check_name(what: str, name: Any) -> None:
@@ -154,7 +83,7 @@ class Task:
             raise ValueError(f"{where}: kind must be one of {', '.join(KINDS)}, found {self.kind!r}")
         if isinstance(self.num_outputs, bool) or not isinstance(self.num_outputs, int):
             raise ValueError(f"{where}: num_outputs must be an integer, found {self.num_outputs!r}")
-        low, high = {"binary": (1, 1), "multiclass": (2, 1_000_000)}.get(self.kind, (1, 65_536))
+        low, high = KINDS[self.kind].outputs
         if not low <= self.num_outputs <= high:
             raise ValueError(
                 f"{where}: num_outputs of a {self.kind} task must be in [{low}, {high}], found {self.num_outputs}"
@@ -171,6 +100,8 @@ class Task:
             if metric not in KINDS[self.kind].allowed_metrics:
                 allowed = ", ".join(KINDS[self.kind].allowed_metrics)
                 raise ValueError(f"{where}: a {self.kind} task has the metrics {allowed}; found {metric!r}")
+        if self.space is not None and self.dense:
+            raise ValueError(f"{where}: a {self.kind} task has no space, found {self.space!r}")
         if self.product_of is not None and (self.kind != "binary" or len(self.product_of) < 2):
             raise ValueError(f"{where}: product_of needs kind 'binary' and at least two tasks")
 
@@ -202,65 +133,107 @@ class Task:
         return self.metrics or KINDS[self.kind].metrics
 
     @property
+    def dense(self) -> bool:
+        """Whether rows are pictures and the label of one is a map."""
+        return KINDS[self.kind].dense
+
+    @property
     def missing(self) -> float | int:
         """NaN or -100: the label of a row that has none."""
         return KINDS[self.kind].missing
 
-    def predict(self, logits_BC: Tensor) -> Tensor:
-        """Logits `[B, C]` -> probability `[B]` (binary), `[B, C]` (multiclass, multilabel) or value (regression)."""
-        return KINDS[self.kind].predict(logits_BC)
+    def predict(self, logits: Tensor) -> Tensor:
+        """Logits `[B, C]` -> probability `[B]` (binary), `[B, C]` (multiclass, multilabel) or value (regression).
 
-    def labelled(self, labels: Tensor) -> Tensor:
-        """Which rows carry a label: bool `[B]`."""
+        Of a dense task logits `[B, C, H, W]` -> probabilities `[B, C, H, W]` (segmentation) or `[B, H, W]` (saliency,
+        edges), unit vectors `[B, 3, H, W]` (normals) or values `[B, H, W]` (depth).
+        """
+        return KINDS[self.kind].predict(logits)
+
+    def counted(self, labels: Tensor) -> Tensor:
+        """What carries a label: rows, bool `[B]`, or of a dense task pixels, bool `[B, H, W]`."""
         present = ~torch.isnan(labels) if labels.dtype.is_floating_point else labels != self.missing
+        if self.dense:
+            return present.all(1) if labels.dim() == 4 else present
         return present.flatten(1).all(1) if present.dim() > 1 else present
 
+    def labelled(self, labels: Tensor) -> Tensor:
+        """Which rows carry a label: bool `[B]`; of a dense task, the pictures with a labelled pixel."""
+        counted = self.counted(labels)
+        return counted.flatten(1).any(1) if self.dense else counted
+
     def loss(
-        self, logits_BC: Tensor, labels: Tensor, weights_B: Tensor | None = None, mask_B: Tensor | None = None
+        self, logits: Tensor, labels: Tensor, weights_B: Tensor | None = None, mask_B: Tensor | None = None
     ) -> Tensor:
-        """Mean loss over the rows that count: scalar, 0 (with a gradient of 0) where none does.
+        """Mean loss over the rows that count, or the pixels: scalar, 0 (with a gradient of 0) where none does.
 
         Args:
-            logits_BC: `[B, C]`, any float dtype; the loss is taken in float32 at least.
-            labels: `[B]` or `[B, C]`; NaN or -100 is missing.
-            weights_B: weight per row, finite and not negative; the mean is sum(w l) / sum(w).
+            logits: `[B, C]`, or `[B, C, H, W]` of a dense task, any float dtype; the loss is taken in float32 at least.
+            labels: `[B]` or `[B, C]`; of a dense task `[B, H, W]` or, of normals, `[B, 3, H, W]`. NaN or -100 is
+                missing.
+            weights_B: weight per row, finite and not negative; the mean is sum(w l) / sum(w). A picture's weight is
+                that of each of its pixels.
             mask_B: further rows to leave out (False), for example those outside the task's space.
 
         Raises:
             ValueError: labels, weights or mask that do not fit, before any loss is taken.
-        """
-        self.check_labels(logits_BC, labels)
-        count_B = self.labelled(labels)
-        if weights_B is not None:
-            self._check_weights(weights_B, len(count_B))
-        if mask_B is not None:
-            if mask_B.shape != count_B.shape:
-                raise ValueError(
-                    f"space of task {self.name!r}: expected a mask of shape {list(count_B.shape)}, "
-                    f"found {list(mask_B.shape)}"
-                )
-            count_B = count_B & mask_B
-        if logits_BC.dtype in (torch.float16, torch.bfloat16):
-            logits_BC = logits_BC.float()
-        blank = count_B.reshape(-1, *[1] * (labels.dim() - 1))
-        if labels.dtype.is_floating_point:
-            labels = labels.to(logits_BC.dtype)
-        # A missing label is replaced by a harmless one and weighed 0: NaN * 0 would still be NaN.
-        loss_B = KINDS[self.kind].loss(logits_BC, torch.where(blank, labels, torch.zeros_like(labels)))
-        weights_B = count_B.to(loss_B.dtype) if weights_B is None else weights_B.to(loss_B.dtype) * count_B
-        return (loss_B * weights_B).sum() / weights_B.sum().clamp_min(torch.finfo(loss_B.dtype).tiny)
 
-    def check_labels(self, logits_BC: Tensor, labels: Tensor) -> None:
+        Source of the dense losses: cross-entropy; L1 on unit vectors, averaged over the channels; L1; binary
+        cross-entropy with 0.95 on edges (Maninis et al., ASTMT, CVPR 2019, section 5) or with HED's balance.
+        Differs from the official code in: a map without a labelled pixel gives 0 in every kind; the balance of saliency
+        counts each picture by its weight.
+        """
+        total, weight = self.loss_terms(logits, labels, weights_B, mask_B)
+        return total / weight.clamp_min(torch.finfo(weight.dtype).tiny)
+
+    def loss_terms(
+        self, logits: Tensor, labels: Tensor, weights_B: Tensor | None = None, mask_B: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`sum(w l)` and `sum(w)`, two scalars, whose quotient is `loss`; of several batches they can be added."""
+        kind = KINDS[self.kind]
+        self.check_labels(logits, labels)
+        counted = self.counted(labels)
+        rows = len(counted)
+        if weights_B is not None:
+            self._check_weights(weights_B, rows)
+        if mask_B is not None:
+            if tuple(mask_B.shape) != (rows,):
+                raise ValueError(
+                    f"space of task {self.name!r}: expected a mask of shape {[rows]}, found {list(mask_B.shape)}"
+                )
+            counted = counted & _per_row(mask_B, counted)
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        if self.dense:
+            blank = counted.unsqueeze(1) if labels.dim() == 4 else counted
+        else:
+            blank = _per_row(counted, labels)
+        if labels.dtype.is_floating_point:
+            labels = labels.to(logits.dtype)
+        # A missing label is replaced by a harmless one and weighed 0: NaN * 0 would still be NaN.
+        labels = torch.where(blank, labels, torch.zeros_like(labels))
+        loss = kind.loss(logits, labels)
+        weights = counted.to(loss.dtype)
+        if weights_B is not None:
+            weights = _per_row(weights_B.to(loss.dtype), counted) * counted
+        if kind.balance is not None:
+            loss = loss * kind.balance(labels, weights)
+        return (loss * weights).sum(), weights.sum()
+
+    def check_labels(self, logits: Tensor, labels: Tensor) -> None:
         """Raises ValueError where the labels are not of this task's kind, before any loss is taken."""
-        rows, outputs = logits_BC.shape
+        if logits.dim() != (4 if self.dense else 2):
+            expected = "[B, C, H, W]" if self.dense else "[B, C]"
+            raise ValueError(f"logits of task {self.name!r}: expected {expected}, found {list(logits.shape)}")
+        rows, outputs, *size = logits.shape
         dtype = KINDS[self.kind].label_dtype
         if not isinstance(labels, Tensor):
             raise ValueError(f"labels of task {self.name!r}: expected a tensor, found {type(labels).__name__}")
         if not labels.dtype.is_floating_point if dtype.is_floating_point else labels.dtype != dtype:
             raise ValueError(f"labels of task {self.name!r}: expected {dtype} ({self.kind}), found {labels.dtype}")
-        shapes: list[tuple[int, ...]] = [(rows, outputs)]
-        if self.kind in ("binary", "multiclass"):
-            shapes = [(rows,)]
+        shapes: list[tuple[int, ...]] = [(rows, outputs, *size)]
+        if self.kind in ("binary", "multiclass") or (self.dense and self.kind != "normals"):
+            shapes = [(rows, *size)]
         elif self.kind == "regression" and outputs == 1:
             shapes.append((rows,))
         if tuple(labels.shape) not in shapes:
@@ -270,16 +243,18 @@ class Task:
             return
         least, most = torch.aminmax(torch.where(labels.isnan(), 0.0, labels) if dtype.is_floating_point else labels)
         low, high = least.item(), most.item()
-        if self.kind == "multiclass":
+        bounds = KINDS[self.kind].label_range
+        if self.kind in ("multiclass", "segmentation"):
             if high >= outputs or (low < 0 and bool(((labels < 0) & (labels != self.missing)).any())):
                 raise ValueError(
                     f"labels of task {self.name!r}: expected class ids in [0, {outputs - 1}] or -100 for missing, "
                     f"found values from {low} to {high}"
                 )
-        elif self.kind in ("binary", "multilabel"):
-            if low < 0 or high > 1:
+        elif bounds is not None:
+            if low < bounds[0] or high > bounds[1]:
                 raise ValueError(
-                    f"labels of task {self.name!r}: expected values in [0, 1] or NaN, found {low} to {high}"
+                    f"labels of task {self.name!r}: expected values in [{bounds[0]}, {bounds[1]}] or NaN, found {low} "
+                    f"to {high}"
                 )
         elif not (abs(low) < float("inf") and abs(high) < float("inf")):
             raise ValueError(f"labels of task {self.name!r}: expected finite values or NaN, found infinity")
@@ -294,6 +269,11 @@ class Task:
         low, high = (bound.item() for bound in torch.aminmax(weights_B))  # NaN wins both
         if not 0 <= low <= high < float("inf"):
             raise ValueError(f"{where}: expected finite weights of at least 0, found {low} to {high}")
+
+
+def _per_row(values_B: Tensor, like: Tensor) -> Tensor:
+    """`[B]` to be combined with `like` `[B, ...]`."""
+    return values_B.reshape(-1, *[1] * (like.dim() - 1))
 
 
 def parse_tasks(tasks: Sequence[dict[str, Any] | Task]) -> list[Task]:

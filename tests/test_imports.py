@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "moe_mtl"
 # Names of one floor may use each other and every floor before them.
 FLOORS = [
     {"naming", "files"},
-    {"ops", "data", "tasks", "outputs", "hub"},
+    {"ops", "data", "kinds", "tasks", "outputs", "hub"},
     {"layers"},
     {"models", "tuners", "parallel"},
     {"pathway", "serving"},
