@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
+from ..data.vision_processor import VisionProcessor
 from ..layers.heads import ClassHead, UpHead
 from ..layers.vit import MLP, Block, Computed, PatchEmbedding, SelfAttention
 from ..outputs import MultiTaskOutput
@@ -119,6 +120,7 @@ class VisionModel(MultiTaskModel):
     """
 
     config: VisionConfig
+    processor_class = VisionProcessor
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
