@@ -1,8 +1,8 @@
 """Data: processors that turn rows into tensors, and one file per data set.
 
 A data set is a module of this package that defines a dataclass `Options` and a function `load(options) -> DataSplits`,
-or `-> TextSplits` for text; the file name gives the name (`census_income.py` is "census-income"). Names are imported
-when first used: importing this package imports neither torch nor pyarrow.
+`-> TextSplits` for text or `-> ImageSplits` for pictures; the file name gives the name (`census_income.py` is
+"census-income"). Names are imported when first used: importing this package imports neither torch nor pyarrow.
 """
 
 import dataclasses
@@ -18,20 +18,25 @@ from ..naming import nearest
 from .errors import DataError
 
 if TYPE_CHECKING:
+    from .images import ImageSplits, ImageTable
     from .infer import infer_features
     from .processor import TabularProcessor
     from .sources import Source, open_source
     from .splits import DataSplits
     from .tensors import ShuffledBatches, TensorTable, as_is
     from .text import TextSplits
+    from .vision_processor import VisionProcessor
 
 _HOMES = {
     "DataSplits": "splits",
+    "ImageSplits": "images",
+    "ImageTable": "images",
     "ShuffledBatches": "tensors",
     "Source": "sources",
     "TabularProcessor": "processor",
     "TensorTable": "tensors",
     "TextSplits": "text",
+    "VisionProcessor": "vision_processor",
     "as_is": "tensors",
     "infer_features": "infer",
     "open_source": "sources",
@@ -39,14 +44,18 @@ _HOMES = {
 __all__ = [
     "DataError",
     "DataSplits",
+    "ImageSplits",
+    "ImageTable",
     "ShuffledBatches",
     "Source",
     "TabularProcessor",
     "TensorTable",
     "TextSplits",
+    "VisionProcessor",
     "as_is",
     "data_sets",
     "infer_features",
+    "is_images",
     "is_text",
     "load",
     "open_source",
@@ -76,10 +85,19 @@ def options_of(name: str) -> type:
 
 def is_text(name: str) -> bool:
     """Whether a data set is text for a language model. Raises DataError if there is no such data set."""
+    return _splits_of(name) == "TextSplits"
+
+
+def is_images(name: str) -> bool:
+    """Whether a data set is pictures for a vision model. Raises DataError if there is no such data set."""
+    return _splits_of(name) == "ImageSplits"
+
+
+def _splits_of(name: str) -> str:
     found = _returned()
     if name not in found:
         raise DataError(f"unknown data set {name!r}{nearest(name, found)}")
-    return found[name] == "TextSplits"
+    return found[name]
 
 
 def _returned() -> dict[str, str]:
@@ -93,7 +111,7 @@ def _returned() -> dict[str, str]:
     return found
 
 
-def load(name: str, **options: Any) -> "DataSplits | TextSplits":
+def load(name: str, **options: Any) -> "DataSplits | TextSplits | ImageSplits":
     """Loads a data set by name.
 
     Raises:

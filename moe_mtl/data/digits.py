@@ -56,12 +56,12 @@ def load(options: Options) -> DataSplits:
         "at_least_5": (digit >= 5).astype(np.int64),
         "holes": np.array(HOLES)[digit],
     }
-    parts = take(pa.table(columns | labels), _stratified(digit))
+    parts = take(pa.table(columns | labels), stratified(digit))
     info = {"name": "digits", "licence": "CC-BY-4.0", "sha256": content_hash(pixels, digit), "rows": sizes(parts)}
     return DataSplits(**parts, features=features, tasks=[TASKS[task] for task in options.tasks], info=info)
 
 
-def _stratified(digit: np.ndarray) -> np.ndarray:
+def stratified(digit: np.ndarray) -> np.ndarray:
     """0, 1 or 2 per row: of each digit, ordered by sha256 of the row number, 60 % train, 20 % validation, 20 % test."""
     order = np.array(sorted(range(len(digit)), key=lambda i: hashlib.sha256(str(i).encode()).hexdigest()))
     part = np.empty(len(digit), np.int64)

@@ -1,9 +1,7 @@
 """From a user's rows to tensors and from logits back to the user's units; learnt once, saved beside the model."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +9,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..files import MAX_JSON_BYTES, read_json, write_atomically
 from ..naming import nearest
 from ..tasks import Task, UnknownTaskError, check_task_names, parse_tasks
 from .categories import ListColumn, check_vocabulary
@@ -19,15 +16,15 @@ from .errors import DataError, check_choice, check_keys
 from .features import COLUMNS, Column, FeatureFitter
 from .infer import infer_features
 from .labels import Label, LabelFitter, decode_task, task_fields
+from .saved import FILE, SavedProcessor
 from .sources import BATCH_ROWS, open_source
 from .values import canonical_text, factorise
 
-FILE = "preprocessor_config.json"
 VERSION = 1
 TYPE = "moe_mtl_tabular"
 
 
-class TabularProcessor:
+class TabularProcessor(SavedProcessor):
     """Turns rows into the tensors of a model and its logits into predictions.
 
     Made by `fit` or `from_pretrained`. Encoding depends on nothing but the saved file and the row: the same row gives
@@ -37,6 +34,8 @@ class TabularProcessor:
     missing number is the training median or an error; a missing column, text in a numeric column and an infinity are
     errors; columns that training did not have are ignored, or an error with `extra_columns="error"`.
     """
+
+    advice = ": set min_count or max_categories of the features with the most values"
 
     def __init__(
         self,
@@ -354,65 +353,6 @@ class TabularProcessor:
         tasks = parse_tasks(fields["tasks"])
         by_task = {label.task: label for label in labels}
         return cls(columns, tasks, by_task, fields["group_column"], fields["known_columns"], fields["missing_values"])
-
-    def save_pretrained(self, folder: str | Path) -> list[str]:
-        """Writes `preprocessor_config.json` into `folder`, whole or not at all. Returns the path written.
-
-        Raises:
-            DataError: see `to_json`.
-            OSError: the folder cannot be written, the disk is full.
-        """
-        content = self.to_json()
-        path = Path(folder) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content)
-        return [str(path)]
-
-    def to_json(self) -> bytes:
-        """What `preprocessor_config.json` holds. Raises DataError if that is more than would be read again."""
-        content = json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False).encode() + b"\n"
-        if len(content) > MAX_JSON_BYTES:
-            raise DataError(
-                f"expected vocabularies of at most {MAX_JSON_BYTES:,} bytes in all, found {len(content):,}: set "
-                "min_count or max_categories of the features with the most values"
-            )
-        return content
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | Path,
-        *,
-        revision: str | None = None,
-        trust_remote_code: bool | None = False,
-        _from_auto: bool = False,
-    ) -> "TabularProcessor":
-        """Loads what `save_pretrained` wrote.
-
-        Args:
-            name_or_path: a folder, a zoo name or a Hub id.
-            revision: of a Hub repository.
-            trust_remote_code: must be false: a processor is data, no code comes with it (transformers passes this
-                along).
-
-        Raises:
-            FileNotFoundError: there is no such folder or file.
-            UnsafeFileError: the file is a link that leads out of the folder.
-            CheckpointError: no JSON, a key that stands twice, more than 32 MiB, or not what the folder's manifest says.
-            DataError: the file is not what `save_pretrained` writes, by field.
-        """
-        if trust_remote_code:
-            raise DataError("trust_remote_code: expected false; a processor holds no code")
-        from ..hub import resolve, verify_manifest
-
-        folder = resolve(name_or_path, revision=revision)
-        verify_manifest(folder, weights=False)
-        return cls.from_dict(read_json(folder, FILE))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, TabularProcessor) and self.to_dict() == other.to_dict()
-
-    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         kinds = [column.kind for column in self.columns]

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from .. import data
+from ..data.images import ImageSplits
 from ..data.processor import TabularProcessor
 from ..data.splits import DataSplits
 from ..data.tensors import TensorTable
@@ -171,7 +172,7 @@ def evaluate(
     return evaluate_table(model, table, recipe.train.eval_batch_size, model.config.parsed_tasks, processor.unscale)
 
 
-def load_data(recipe: Recipe) -> DataSplits | TextSplits:
+def load_data(recipe: Recipe) -> DataSplits | TextSplits | ImageSplits:
     """The rows of a recipe. Raises DataError for an unknown data set or option."""
     options = dict(recipe.data.options)
     if recipe.data.path is not None:

@@ -6,17 +6,19 @@ import sys
 import pytest
 
 import moe_mtl.data
-from moe_mtl.data import DataError, data_sets, load, options_of
+from moe_mtl.data import DataError, data_sets, is_images, is_text, load, options_of
 from moe_mtl.data.splits import row_hash, sha256_tenth
 
 
 def test_every_data_set_is_found_with_documented_options():
     assert data_sets() == [
         "census-income",
+        "digit-pairs",
         "digits",
         "instruct",
         "mmoe-synthetic",
         "multitab-bench",
+        "photo-tiles",
         "table",
         "word-edits",
     ]
@@ -24,6 +26,14 @@ def test_every_data_set_is_found_with_documented_options():
         cls = options_of(name)
         for field in cls.__dataclass_fields__:
             assert field in (cls.__doc__ or ""), f"{name}: {field} is not documented"
+
+
+def test_what_load_returns_is_known_without_loading():
+    assert [name for name in data_sets() if is_text(name)] == ["instruct", "word-edits"]
+    assert [name for name in data_sets() if is_images(name)] == ["digit-pairs", "photo-tiles"]
+    for ask in (is_text, is_images):
+        with pytest.raises(DataError, match="unknown data set 'photo-tile'; did you mean 'photo-tiles'"):
+            ask("photo-tile")
 
 
 def test_names_are_listed_without_torch_or_arrow():
@@ -42,7 +52,7 @@ def test_every_public_name_can_be_had():
     ("name", "options", "message"),
     [
         ("digit", {}, "unknown data set 'digit'; did you mean 'digits'"),
-        ("xyz", {}, "known: census-income, digits"),
+        ("xyz", {}, "known: census-income, digit-pairs, digits"),
         ("digits", {"task": ["digit"]}, "unknown option 'task'; did you mean 'tasks'"),
         ("digits", {"tasks": "digit"}, "digits': tasks: expected a list of texts, found 'digit'"),
         ("digits", {"tasks": ["digt"]}, "unknown task 'digt'"),

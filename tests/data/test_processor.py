@@ -373,9 +373,9 @@ def test_a_file_is_read_without_trust(tmp_path):
 def test_vocabularies_too_large_to_be_read_again_are_not_saved(tmp_path, monkeypatch):
     processor = fit(frame())
     size = len(processor.to_json())
-    monkeypatch.setattr("moe_mtl.data.processor.MAX_JSON_BYTES", size)
+    monkeypatch.setattr("moe_mtl.data.saved.MAX_JSON_BYTES", size)
     processor.save_pretrained(tmp_path / "fits")
-    monkeypatch.setattr("moe_mtl.data.processor.MAX_JSON_BYTES", size - 1)
+    monkeypatch.setattr("moe_mtl.data.saved.MAX_JSON_BYTES", size - 1)
     with pytest.raises(DataError, match=f"found {size:,}: set min_count or max_categories"):
         processor.save_pretrained(tmp_path / "not")
     assert not (tmp_path / "not").exists()
