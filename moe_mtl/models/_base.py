@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig,
 from transformers.utils import logging
 
 from .. import hub
-from ..data.processor import TabularProcessor
+from ..data.saved import SavedProcessor
 from ..files import CheckpointError, replaced_files
 from ..naming import nearest
 from ..tasks import SHARED, Task, check_task_names, parse_tasks
@@ -106,6 +106,7 @@ class MultiTaskModel(PreTrainedModel):
     """A model that answers several tasks, or any of them without paying for the others."""
 
     config_class: type[MultiTaskConfig]
+    processor_class: ClassVar[type[SavedProcessor]]
     base_model_prefix = ""
 
     @property
@@ -381,5 +382,5 @@ def register(model: type[MultiTaskModel]) -> type[MultiTaskModel]:
     REGISTRY[config.model_type] = model
     AutoConfig.register(config.model_type, config)
     AutoModel.register(config, model)
-    AutoProcessor.register(config, TabularProcessor)
+    AutoProcessor.register(config, model.processor_class)
     return model

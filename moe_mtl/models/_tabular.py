@@ -12,6 +12,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from ..data.processor import TabularProcessor
 from ..layers.experts import ACTIVATIONS, ExpertBank
 from ..layers.features import NUMERIC_EMBEDDINGS, POOLINGS, FeatureEncoder
 from ..layers.gates import DSelectKGate
@@ -173,6 +174,7 @@ class TabularModel(MultiTaskModel):
     """
 
     config: TabularConfig
+    processor_class = TabularProcessor
     main_input_name = "numeric"
     trunk: Any
 

@@ -4,11 +4,12 @@ from .activations import ACTIVATIONS, gated
 from .experts import expert_mlp
 from .linear import expert_combine, expert_linear
 from .ranks import rank_experts
-from .routing import RoutingPlan, make_plan, route
+from .routing import Backend, RoutingPlan, make_plan, route
 from .transformers import experts_forward
 
 __all__ = [
     "ACTIVATIONS",
+    "Backend",
     "RoutingPlan",
     "expert_combine",
     "expert_linear",

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..tasks import Task
 
 # For early stopping and comparisons: larger is better, smaller is better.
-MAXIMISED = ("auc", "group_auc", "accuracy", "f1", "exact_match")
-MINIMISED = ("log_loss", "rmse", "mae", "loss")
+MAXIMISED = ("auc", "group_auc", "accuracy", "f1", "exact_match", "mean_iou", "pixel_accuracy", "max_f", "ods_f")
+MINIMISED = ("log_loss", "rmse", "mae", "mean_angle", "abs_error", "loss")
 
 Metrics = dict[str, dict[str, float]]
 
@@ -114,17 +114,27 @@ def counted(
 
 
 def mean_metrics(metrics: Metrics) -> dict[str, float]:
-    """`mean_<metric>`: each metric averaged over the tasks that report it and on whose rows it is defined, else NaN."""
+    """`mean_<metric>`: each metric averaged over the tasks that report it and on whose rows it is defined, else NaN.
+
+    A metric that is called a mean already keeps its name: `mean_iou`.
+    """
     out = {}
     for name in sorted({name for values in metrics.values() for name in values}):
         defined = [values[name] for values in metrics.values() if not np.isnan(values.get(name, np.nan))]
-        out[f"mean_{name}"] = float(np.mean(defined)) if defined else float("nan")
+        out[averaged(name)] = float(np.mean(defined)) if defined else float("nan")
     return out
+
+
+def averaged(metric: str) -> str:
+    """What a metric is called once it is averaged over tasks."""
+    return metric if metric.startswith("mean_") else f"mean_{metric}"
 
 
 def is_maximised(key: str) -> bool:
     """Whether more is better, for `income/auc`, `mean_auc`, `loss`. Raises ValueError for no metric."""
-    name = key.rsplit("/", 1)[-1].removeprefix("mean_")
+    name = key.rsplit("/", 1)[-1]
+    if name not in MAXIMISED + MINIMISED:
+        name = name.removeprefix("mean_")
     if name not in MAXIMISED + MINIMISED:
         raise ValueError(
             f"unknown metric {key!r}: expected loss, mean_<metric> or <task>/<metric>, metric one of "

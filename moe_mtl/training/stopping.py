@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..naming import nearest
-from .metrics import is_maximised
+from .metrics import averaged, is_maximised
 from .recipe import EarlyStopping, RecipeError
 
 
@@ -41,7 +41,7 @@ class BestWeights(TrainerCallback):
     ):
         known = {"loss", *(f"{task}/loss" for task in reported)}
         known |= {f"{task}/{metric}" for task, metrics in reported.items() for metric in metrics}
-        known |= {f"mean_{metric}" for metrics in reported.values() for metric in metrics}
+        known |= {averaged(metric) for metrics in reported.values() for metric in metrics}
         if rule.metric not in known:
             raise RecipeError(
                 f"train.early_stopping.metric: unknown metric {rule.metric!r}{nearest(rule.metric, sorted(known))}"

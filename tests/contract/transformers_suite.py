@@ -113,6 +113,7 @@ class CommonTests(ModelTesterMixin):
                 type(model).from_pretrained(folder)
 
 
-for _model_type, _model_class in REGISTRY.items():
+for _model_type in zoo.MODEL_TYPES:
+    _model_class = REGISTRY[_model_type]
     _members = {"all_model_classes": (_model_class,), "model_type": _model_type}
     globals()[f"Test_{_model_type}"] = type(f"Test_{_model_type}", (CommonTests, unittest.TestCase), _members)
