@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
+from ..layers.balance import TaskExpertStatistics
 from ..layers.heads import ClassHead, UpHead
 from ..layers.vit import MLP, Block, Computed, PatchEmbedding, SelfAttention
 from ..outputs import MultiTaskOutput
@@ -240,6 +241,10 @@ class VisionModel(MultiTaskModel):
         logits, decoded = self.decode(x_TBLD.expand(len(wanted), -1, -1, -1), hidden, wanted, output_routing)
         auxiliary += decoded.auxiliary
         routing += decoded.routing
+        if self.training:
+            for module in self.modules():
+                if isinstance(module, TaskExpertStatistics):
+                    module.update()
 
         auxiliary_loss = torch.stack([a.float() for a in auxiliary]).sum() if auxiliary else None
         loss, losses = None, None
