@@ -68,7 +68,7 @@ class SparseAttention(nn.Module):
     """The attention of a block made of experts: `y_n = sum_k p_nk Wo_e softmax(q_nk K^T / sqrt(H)) V` with
     `q_nk = Wq_e x_n`, `e` the k-th expert that the task's gate chose for token `n`, and `K, V = W_kv x` shared by all.
 
-    Zhang et al., "Mixture of Attention Heads", EMNLP 2022, section 3; Mod-Squad (Chen et al., CVPR 2023, section 3.2).
+    Zhang et al., "Mixture of Attention Heads", EMNLP 2022; Mod-Squad (Chen et al., CVPR 2023, section 3.2).
 
     Args:
         layer: its name in records.
