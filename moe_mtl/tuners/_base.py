@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..ops.ranks import rank_experts
 from ..outputs import Routing
-from ._tasks import CurrentTasks, Preference, Tasks, Told, number, weights_of
+from ._tasks import CurrentTasks, Preference, Tasks, Told, number, runs_again, weights_of
 
 Record = Callable[[dict[str, Tensor], tuple[str, ...]], None]  # per gate the weights; and what it weighs
 
@@ -306,7 +306,7 @@ class RankLayer(nn.Module, BaseTunerLayer):
 
     def _record(self) -> Record | None:
         records = self.current_tasks.records
-        if records is None or torch._C._current_graph_task_id() != -1:  # runs again, in a backward
+        if records is None or runs_again():
             return None
 
         def record(weights: dict[str, Tensor], names: tuple[str, ...]) -> None:
@@ -424,6 +424,7 @@ class RankTuner(BaseTuner):
             model.register_forward_pre_hook(self.current_tasks.enter, with_kwargs=True)
             model.register_forward_pre_hook(self.current_tasks.losses.enter)
             model.register_forward_hook(self.current_tasks.losses.leave)
+            model.register_forward_hook(self.current_tasks.leave, always_call=True)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PeftConfig:
         named = peft_config.target_modules is not None
@@ -609,11 +610,13 @@ class RankTuner(BaseTuner):
 
 def remove_hooks(model: nn.Module, current_tasks: CurrentTasks) -> None:
     """Lets a model be called as before it had adapters."""
-    ours = (current_tasks.enter, current_tasks.losses.enter, current_tasks.losses.leave)
+    losses = current_tasks.losses
+    ours = (current_tasks.enter, losses.enter, losses.leave, current_tasks.leave)
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key in [key for key, hook in hooks.items() if hook in ours]:
             del hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
+            model._forward_hooks_always_called.pop(key, None)
 
 
 class _Method(str):

@@ -1,16 +1,17 @@
 """Which task each sample of a batch has, or which preference, from the call of a model to its adapter layers.
 
 A base model's `forward` knows no tasks, and PEFT drops keywords that it does not know. So a hook takes `tasks` and
-`preference` out of the call before the base model sees them. What it found stays until the next call; and what calls
-with gradients were for is kept apart, as gradient checkpointing runs layers again in the backward, when other calls may
-have come between.
+`preference` out of the call before the base model sees them. What it found is gone when the call ends: a part that is
+called by itself has no task then. What calls with gradients were for is kept apart, as gradient checkpointing runs
+layers again in the backward, when other calls may have come between.
 
 Shapes: `B` samples, `T` tasks.
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class Call:
 
     tasks: Tasks | None = None
     preference: Preference | None = None
+    known: dict[Any, Tensor] = field(default_factory=dict)  # what layers asked for, made once
 
     def __str__(self) -> str:
         return " and ".join(str(value) for value in (self.tasks, self.preference) if value is not None) or "nothing"
@@ -58,12 +60,12 @@ class CurrentTasks:
         self.losses = AddedLosses()
         self.records: list[Routing] | None = None
         self.merged: set[Told] = set()
-        # By device, as the replicas of a data-parallel model run side by side and each has its own share of the batch.
-        self._of_call: dict[torch.device | None, Call] = {}
-        self._last = Call()
+        # By thread, as the replicas of a data-parallel model run side by side and each has its own share of the batch;
+        # the innermost call is the last.
+        self._calls: dict[int, list[Call]] = {}
         self._repeats = False
-        self._known: dict[Any, Tensor] = {}
-        # Of calls with gradients since a layer last ran again in a backward: the first, then one for others if any.
+        # By device, in whose thread a backward runs. Of calls with gradients since a layer last ran again in a
+        # backward: the first, then one for others if any.
         self._with_gradients: dict[torch.device | None, list[Call]] = {}
         self._ran_again = False
 
@@ -74,22 +76,25 @@ class CurrentTasks:
         call = Call(
             self.always if tasks is None else tasks, self.always_preference if preference is None else preference
         )
+        self._calls.setdefault(threading.get_ident(), []).append(call)
         for told in self.merged:
             _check_merged(told, call)
-        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        device = next((t.device for t in tensors), None)
-        if not getattr(model, "_is_replica", False):
-            self._of_call.clear()
-        self._of_call[device] = self._last = call
-        self._known.clear()
         if torch.is_grad_enabled():
             if self._ran_again:
                 self._with_gradients.clear()
                 self._ran_again = False
-            called = self._with_gradients.setdefault(device, [])
+            tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            called = self._with_gradients.setdefault(next((t.device for t in tensors), None), [])
             if not called or (len(called) == 1 and not _same(call, called[0])):
                 called.append(call)
         return args, kwargs
+
+    def leave(self, *_: Any) -> None:
+        """Forward hook of the base model, after an error too: the call is over."""
+        calls = self._calls.get(threading.get_ident(), [])
+        del calls[-1:]
+        if not calls:
+            self._calls.pop(threading.get_ident(), None)
 
     @contextlib.contextmanager
     def set(
@@ -99,22 +104,25 @@ class CurrentTasks:
 
         `repeats`: a sample may have several rows, as beams.
         """
-        before = self.always, self.always_preference, self._repeats, self._of_call, self._last
+        before = self.always, self.always_preference, self._repeats
         if tasks is not None:
             self.always = tasks
         if preference is not None:
             self.always_preference = preference
-        self._repeats, self._of_call, self._last = repeats, {}, Call(self.always, self.always_preference)
-        self._known.clear()
+        self._repeats = repeats
+        calls = self._calls.get(threading.get_ident(), [])
+        self._calls[threading.get_ident()] = [*calls, Call(self.always, self.always_preference)]
         try:
             yield
         finally:
-            self.always, self.always_preference, self._repeats, self._of_call, self._last = before
-            self._known.clear()
+            self.always, self.always_preference, self._repeats = before
+            self._calls[threading.get_ident()] = calls
+            if not calls:
+                del self._calls[threading.get_ident()]
 
     def check_merged(self, told: Told, x: Tensor) -> None:
         """Refuses a call for anything else than what is merged into a layer's weight."""
-        _check_merged(told, self._of_call.get(x.device, self._last))
+        _check_merged(told, self._current())
 
     def of_samples(self, names: Sequence[str], x: Tensor) -> Tensor:
         """The number in `names` of each sample's task, `[B]`, for `x` of shape `[B, ..., D]`.
@@ -124,24 +132,24 @@ class CurrentTasks:
         Raises:
             ValueError: no task was given, an unknown one, or as many as do not fit the batch.
         """
-        call, again = self._call(x.device)
+        call = self._call(x.device)
         if call.tasks is None:
             raise ValueError(
                 f"tasks: expected one of {', '.join(names)} per sample, found none; "
                 "call the model with tasks=[...], or choose one for all calls with set_task"
             )
-        key = ("tasks", tuple(names), len(x), x.device, again)
+        key = ("tasks", tuple(names), len(x), x.device)
         if isinstance(call.tasks, Tensor) and call.tasks.dim() == 2:
             if call.tasks.shape != x.shape[:-1]:
                 found = f"{list(call.tasks.shape)} for a layer that sees {list(x.shape)}"
                 raise ValueError(f"tasks: expected one per sample, or one per token of every layer, found {found}")
-            if key not in self._known:
-                self._known[key] = _numbers(call.tasks.flatten(), names, call.tasks.numel()).to(x.device)
-            return self._known[key]
-        if key not in self._known:
+            if key not in call.known:
+                call.known[key] = _numbers(call.tasks.flatten(), names, call.tasks.numel()).to(x.device)
+            return call.known[key]
+        if key not in call.known:
             ids_B = _numbers(call.tasks, names, len(x)).to(x.device)
-            self._known[key] = self._per_row("tasks", ids_B, len(x))
-        return self._known[key]
+            call.known[key] = self._per_row("tasks", ids_B, len(x))
+        return call.known[key]
 
     def preferences(self, names: Sequence[str], x: Tensor) -> Tensor:
         """Each sample's weights of the tasks in `names`, `[B, T]`, for `x` of shape `[B, ..., D]`.
@@ -150,24 +158,28 @@ class CurrentTasks:
             ValueError: no preference was given, or one whose weights are not of these tasks, negative, or do not sum
                 to 1, or as many as do not fit the batch.
         """
-        call, again = self._call(x.device)
+        call = self._call(x.device)
         if call.preference is None:
             raise ValueError(
                 f"preference: expected a weight for each of {', '.join(names)}, found none; "
                 "call the model with preference={...}, or choose one for all calls with set_preference"
             )
-        key = ("preference", tuple(names), len(x), x.device, again)
-        if key not in self._known:
+        key = ("preference", tuple(names), len(x), x.device)
+        if key not in call.known:
             weights = weights_of(call.preference, names).to(x.device)
-            self._known[key] = (
+            call.known[key] = (
                 weights.expand(len(x), -1) if weights.dim() == 1 else self._per_row("preference", weights, len(x))
             )
-        return self._known[key]
+        return call.known[key]
 
-    def _call(self, device: torch.device) -> tuple[Call, bool]:
-        """What a layer runs for, and whether it runs again, in a backward."""
-        again = torch._C._current_graph_task_id() != -1
-        return (self._of_the_backward(device) if again else self._of_call.get(device, self._last)), again
+    def _current(self) -> Call:
+        """The call that runs; outside of all, what calls that say nothing are for."""
+        calls = self._calls.get(threading.get_ident())
+        return calls[-1] if calls else Call(self.always, self.always_preference)
+
+    def _call(self, device: torch.device) -> Call:
+        """What a layer runs for."""
+        return self._of_the_backward(device) if runs_again() else self._current()
 
     def _per_row(self, what: str, rows: Tensor, batch: int) -> Tensor:
         if len(rows) == batch:
@@ -178,13 +190,18 @@ class CurrentTasks:
 
     def _of_the_backward(self, device: torch.device) -> Call:
         self._ran_again = True
-        called = self._with_gradients.get(device) or next(iter(self._with_gradients.values()), [self._last])
+        called = self._with_gradients.get(device) or next(iter(self._with_gradients.values()), [self._current()])
         if len(called) > 1:
             raise RuntimeError(
                 "tasks: with gradient checkpointing a backward must come before the next call for other tasks, found "
                 f"calls for {' and for '.join(map(str, called))}; put calls without a backward under torch.no_grad()"
             )
         return called[0]
+
+
+def runs_again() -> bool:
+    """Whether a layer runs in a backward, for gradient checkpointing."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def number(task: str, names: Sequence[str]) -> int:
