@@ -6,8 +6,8 @@ A method is one file: a config, and a `RankAdapter` that says which of gate, mix
 known to PEFT, whose `get_peft_model`, `save_pretrained` and `from_pretrained` then work as with its own. What a call
 tells of its samples, their tasks or a preference, is "told" to the adapters.
 
-Shapes: `N` tokens, `D` width, `R` ranks of the down-projection, `P` ranks that reach the up-projection, `O` output
-width, `T` tasks.
+Shapes: `N` tokens, `M` of them that are no padding, `D` width, `R` ranks of the down-projection, `P` ranks that reach
+the up-projection, `O` output width, `T` tasks.
 """
 
 import contextlib
@@ -136,12 +136,14 @@ class RankAdapter(nn.Module):
         by_task: whether it tells tasks apart.
         by_preference: whether it mixes tasks by weights that the call brings.
         depends_on_input: why it cannot be merged, None where it can.
+        counts_tokens: whether in training it counts which experts tokens chose, and so asks which are padding.
         expert: what its gate weighs, if it has one.
     """
 
     by_task: ClassVar[bool] = False
     by_preference: ClassVar[bool] = False
     depends_on_input: ClassVar[str | None] = None
+    counts_tokens: ClassVar[bool] = False
     expert: ClassVar[str] = "expert"
 
     def __init__(self, in_features: int, out_features: int, config: Any):
@@ -201,10 +203,19 @@ class RankAdapter(nn.Module):
         """Of these, the ones that one token of one task is multiplied with."""
         return self.num_trained()
 
-    def forward(self, x: Tensor, base: Tensor, told: Tensor | None, record: Record | None = None) -> Tensor:
-        """`base` with the adapter's output added, `[..., O]`."""
+    def forward(
+        self,
+        x: Tensor,
+        base: Tensor,
+        told: Tensor | None,
+        record: Record | None = None,
+        counted_M: Tensor | None = None,
+    ) -> Tensor:
+        """`base` with the adapter's output added, `[..., O]`; of the tokens those are counted that are no padding."""
         x_ND, base_NO = x.to(base.dtype).flatten(0, -2), base.flatten(0, -2)
         options = self.options(x_ND, told)
+        if self.counts_tokens:
+            options["counted_M"] = counted_M
         weights = options.pop("weights", None)
         if record is not None and "num_selected" in options:
             options["chosen"] = []
@@ -271,6 +282,8 @@ class RankLayer(nn.Module, BaseTunerLayer):
         self.moe_adapters[adapter_name] = adapter = self.new_adapter(config.for_layer(self.name))
         if adapter.by_preference:
             self.current_tasks.takes_preference = True
+        if adapter.counts_tokens:
+            self.current_tasks.takes_mask = True
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -301,7 +314,7 @@ class RankLayer(nn.Module, BaseTunerLayer):
         for name in self.active_adapters:
             if name in self.moe_adapters:
                 adapter = self.adapter(name)
-                result = adapter(x, result, self._told(adapter, x), self._record())
+                result = adapter(x, result, self._told(adapter, x), self._record(), self._counted(adapter, x))
         return result
 
     def _record(self) -> Record | None:
@@ -313,6 +326,10 @@ class RankLayer(nn.Module, BaseTunerLayer):
             records.append(Routing(self.name, weights, dict.fromkeys(weights, names)))
 
         return record
+
+    def _counted(self, adapter: RankAdapter, x: Tensor) -> Tensor | None:
+        counts = adapter.counts_tokens and adapter.training and not runs_again()
+        return self.current_tasks.counted(x) if counts else None
 
     def _told(self, adapter: RankAdapter, x: Tensor) -> Tensor | None:
         if adapter.by_task:

@@ -3,12 +3,14 @@
 A base model's `forward` knows no tasks, and PEFT drops keywords that it does not know. So a hook takes `tasks` and
 `preference` out of the call before the base model sees them. What it found is gone when the call ends: a part that is
 called by itself has no task then. What calls with gradients were for is kept apart, as gradient checkpointing runs
-layers again in the backward, when other calls may have come between.
+layers again in the backward, when other calls may have come between. The mask of padding is kept beside them, for
+methods that count tokens.
 
-Shapes: `B` samples, `T` tasks.
+Shapes: `B` samples, `L` tokens of the longest, `T` tasks.
 """
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +36,8 @@ class Call:
 
     tasks: Tasks | None = None
     preference: Preference | None = None
+    mask_BL: Tensor | None = None  # 0 for padding
+    cached: bool = False  # the mask may begin with tokens of earlier calls
     known: dict[Any, Tensor] = field(default_factory=dict)  # what layers asked for, made once
 
     def __str__(self) -> str:
@@ -47,6 +51,7 @@ class CurrentTasks:
         always: the task, or the tasks, of calls that name none.
         always_preference: the preference of calls that bring none.
         takes_preference: whether an adapter asks for one; else the keyword is the base model's.
+        takes_mask: whether an adapter asks which tokens are padding.
         records: where its layers leave who used which expert; None asks for nothing.
         losses: what its layers add to the model's.
         merged: per kind, what those adapters were for that were merged into the weights of a model which has no
@@ -56,7 +61,7 @@ class CurrentTasks:
     def __init__(self) -> None:
         self.always: Tasks | None = None
         self.always_preference: Preference | None = None
-        self.takes_preference = False
+        self.takes_preference = self.takes_mask = False
         self.losses = AddedLosses()
         self.records: list[Routing] | None = None
         self.merged: set[Told] = set()
@@ -64,9 +69,9 @@ class CurrentTasks:
         # the innermost call is the last.
         self._calls: dict[int, list[Call]] = {}
         self._repeats = False
-        # By device, in whose thread a backward runs. Of calls with gradients since a layer last ran again in a
-        # backward: the first, then one for others if any.
-        self._with_gradients: dict[torch.device | None, list[Call]] = {}
+        # By device, in whose thread a backward runs, and what is asked. Of calls with gradients since a layer last ran
+        # again in a backward: the first, then one that differs if any.
+        self._with_gradients: dict[tuple[torch.device | None, str], list[Call]] = {}
         self._ran_again = False
 
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -74,7 +79,10 @@ class CurrentTasks:
         tasks = kwargs.pop("tasks", None)
         preference = kwargs.pop("preference", None) if self.takes_preference else None
         call = Call(
-            self.always if tasks is None else tasks, self.always_preference if preference is None else preference
+            self.always if tasks is None else tasks,
+            self.always_preference if preference is None else preference,
+            _mask_of(model, args, kwargs) if self.takes_mask else None,
+            kwargs.get("past_key_values") is not None,
         )
         self._calls.setdefault(threading.get_ident(), []).append(call)
         for told in self.merged:
@@ -84,9 +92,11 @@ class CurrentTasks:
                 self._with_gradients.clear()
                 self._ran_again = False
             tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            called = self._with_gradients.setdefault(next((t.device for t in tensors), None), [])
-            if not called or (len(called) == 1 and not _same(call, called[0])):
-                called.append(call)
+            device = next((t.device for t in tensors), None)
+            for asked, same in _SAME.items():
+                called = self._with_gradients.setdefault((device, asked), [])
+                if not called or (len(called) == 1 and not same(call, called[0])):
+                    called.append(call)
         return args, kwargs
 
     def leave(self, *_: Any) -> None:
@@ -172,14 +182,33 @@ class CurrentTasks:
             )
         return call.known[key]
 
+    def counted(self, x: Tensor) -> Tensor | None:
+        """Which tokens of `x`, of shape `[B, L, D]` or flattened, are no padding: int64 `[M]`; None where all count.
+
+        All count too without an `attention_mask` of shape `[B, L]`, where it is not of these tokens, and in a model of
+        encoder and decoder, whose masks are two.
+        """
+        call = self._call(x.device, "padding")
+        mask_BL, shape = call.mask_BL, x.shape[:-1]
+        if mask_BL is None:
+            return None
+        if call.cached and len(shape) == 2:
+            mask_BL = mask_BL[:, -shape[1] :]
+        if shape not in (mask_BL.shape, (mask_BL.numel(),)):
+            return None
+        key = ("counted", shape, x.device)
+        if key not in call.known:
+            call.known[key] = mask_BL.flatten().nonzero().squeeze(1).to(x.device)
+        return None if len(call.known[key]) == mask_BL.numel() else call.known[key]
+
     def _current(self) -> Call:
         """The call that runs; outside of all, what calls that say nothing are for."""
         calls = self._calls.get(threading.get_ident())
         return calls[-1] if calls else Call(self.always, self.always_preference)
 
-    def _call(self, device: torch.device) -> Call:
+    def _call(self, device: torch.device, asked: str = "tasks") -> Call:
         """What a layer runs for."""
-        return self._of_the_backward(device) if runs_again() else self._current()
+        return self._of_the_backward(device, asked) if runs_again() else self._current()
 
     def _per_row(self, what: str, rows: Tensor, batch: int) -> Tensor:
         if len(rows) == batch:
@@ -188,13 +217,17 @@ class CurrentTasks:
             raise ValueError(f"{what}: expected {batch}, one per sample, found {len(rows)}")
         return rows.repeat_interleave(batch // len(rows), dim=0)
 
-    def _of_the_backward(self, device: torch.device) -> Call:
+    def _of_the_backward(self, device: torch.device, asked: str) -> Call:
         self._ran_again = True
-        called = self._with_gradients.get(device) or next(iter(self._with_gradients.values()), [self._current()])
+        called = self._with_gradients.get((device, asked))
+        if not called:
+            elsewhere = (calls for (_, what), calls in self._with_gradients.items() if what == asked)
+            called = next(elsewhere, [self._current()])
         if len(called) > 1:
+            found = f"for {' and for '.join(map(str, called))}" if asked == "tasks" else "whose padding differs"
             raise RuntimeError(
-                "tasks: with gradient checkpointing a backward must come before the next call for other tasks, found "
-                f"calls for {' and for '.join(map(str, called))}; put calls without a backward under torch.no_grad()"
+                f"{asked}: with gradient checkpointing a backward must come before the next call for other {asked}, "
+                f"found calls {found}; put calls without a backward under torch.no_grad()"
             )
         return called[0]
 
@@ -254,6 +287,25 @@ def _same(one: Call, other: Call) -> bool:
         return value.tolist() if isinstance(value, Tensor) else list(value) if isinstance(value, tuple) else value
 
     return plain(one.tasks) == plain(other.tasks) and plain(one.preference) == plain(other.preference)
+
+
+def _same_padding(one: Call, other: Call) -> bool:
+    if one.mask_BL is None or other.mask_BL is None:
+        return one.mask_BL is other.mask_BL
+    return torch.equal(one.mask_BL, other.mask_BL)
+
+
+_SAME = {"tasks": _same, "padding": _same_padding}
+
+
+def _mask_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The mask of padding `[B, L]` of a call, if it has one."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    mask = kwargs.get("attention_mask")
+    if mask is None and len(args) > 1:
+        mask = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)).get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _check_merged(told: Told, call: Call) -> None:
