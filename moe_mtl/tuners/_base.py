@@ -50,8 +50,9 @@ class RankConfig(PeftConfig):
         scaling: `alpha/r` (LoRA), `alpha/sqrt(r)` (rsLoRA, Kalajdzievski 2023), or `alpha` as it is (MTLoRA).
         dropout: of what enters the down-projection, in training.
         target_modules: names, or a pattern, of the layers to adapt; by default those that PEFT's LoRA would take.
-        target_parameters: must be None: tensors that are no layer of their own, as the stacked experts of a
-            mixture, cannot be adapted.
+        target_parameters: names of tensors that are no layer of their own, as `experts.gate_up_proj`, the stacked
+            experts of a mixture: each expert has an adapter then. For methods whose update is the same for all
+            tokens of a task; a call is for one task, and there is no dropout.
         exclude_modules: of these, the ones to leave alone.
         layers_to_transform, layers_pattern: as in PEFT's LoRA.
         modules_to_save: layers to train in full and to save with the adapter.
@@ -82,11 +83,6 @@ class RankConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
-        if self.target_parameters:
-            raise ValueError(
-                f"target_parameters: expected none, as {self.peft_type} adapts layers that are called; "
-                f"found {self.target_parameters}, for which PEFT's LoRA can be had"
-            )
         if self.r < 1:
             raise ValueError(f"r: expected at least 1, found {self.r}")
         if self.scaling not in SCALINGS:
@@ -102,6 +98,19 @@ class RankConfig(PeftConfig):
                 )
             if len(set(self.tasks)) < len(self.tasks):
                 raise ValueError(f"tasks: expected different names, found {self.tasks}")
+        if self.target_parameters:
+            self._check_parameters()
+
+    def _check_parameters(self) -> None:
+        kind = self.adapter_class
+        why = "it mixes tasks sample by sample" if kind.by_preference else kind.depends_on_input
+        if why is not None:
+            raise ValueError(
+                f"target_parameters: expected none, as {self.peft_type} adds no fixed matrix to a weight: {why}; "
+                f"found {self.target_parameters}"
+            )
+        if self.dropout:
+            raise ValueError(f"dropout: expected 0 beside target_parameters, found {self.dropout}")
 
     @property
     def scale(self) -> float:
@@ -301,21 +310,23 @@ class RankLayer(nn.Module, BaseTunerLayer):
             setattr(adapter, name, buffer.to(adapter.get_buffer(name).device))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
-        if self.merged:
-            for told in self.merged_for.values():
-                if told is not None:
-                    self.current_tasks.check_merged(told, x)
+        result = self._without(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
             return result
         for name in self.active_adapters:
             if name in self.moe_adapters:
                 adapter = self.adapter(name)
                 result = adapter(x, result, self._told(adapter, x), self._record(), self._counted(adapter, x))
         return result
+
+    def _without(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer, with what is merged into it."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        for told in self.merged_for.values():
+            if told is not None:
+                self.current_tasks.check_merged(told, x)
+        return self.base_layer(x, *args, **kwargs)
 
     def _record(self) -> Record | None:
         records = self.current_tasks.records
@@ -369,7 +380,7 @@ class RankLayer(nn.Module, BaseTunerLayer):
         a_RD, b_OR = self.lora_of(adapter_name, self.always(adapter_name) if told is None else told)
         adapter = self.adapter(adapter_name)
         delta_OD = adapter.config.scale * (b_OR @ a_RD)
-        return delta_OD.t() if self._turned else delta_OD
+        return delta_OD.mT if self._turned else delta_OD
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds adapters to the base weight.
@@ -469,7 +480,10 @@ class RankTuner(BaseTuner):
         parameter_name: str | None = None,
         **_: Any,
     ) -> None:
-        if isinstance(target, RankLayer):
+        from ._parameters import ParamWrapper  # which is a RankLayer
+
+        nested = isinstance(target, ParamWrapper) and target.parameter_name != parameter_name
+        if isinstance(target, RankLayer) and not nested:
             target.update_layer(adapter_name, peft_config)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
@@ -478,12 +492,15 @@ class RankTuner(BaseTuner):
                 f"target_modules: expected layers that are called, found {current_key}, whose weight is read"
             )
         layer_class = peft_config.layer_class(base)
-        if layer_class is None:
+        if parameter_name is not None:
+            layer: RankLayer = ParamWrapper(target, self.current_tasks, current_key, parameter_name)
+        elif layer_class is None:
             raise ValueError(
                 f"target_modules: expected linear layers, found {current_key} of type "
                 f"{type(base).__module__}.{type(base).__qualname__}"
             )
-        layer = layer_class(target, self.current_tasks, current_key)
+        else:
+            layer = layer_class(target, self.current_tasks, current_key)
         layer.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)

@@ -161,6 +161,26 @@ class CurrentTasks:
             call.known[key] = self._per_row("tasks", ids_B, len(x))
         return call.known[key]
 
+    def of_all(self, names: Sequence[str], x: Tensor) -> int:
+        """The number in `names` of the one task of a call, for what no sample has by itself.
+
+        Raises:
+            ValueError: no task was given, an unknown one, or several.
+        """
+        tasks = self._call(x.device).tasks
+        if tasks is None or isinstance(tasks, str):
+            return int(self.of_samples(names, x[:1]))
+        found = sorted(
+            set(_numbers(tasks.flatten() if isinstance(tasks, Tensor) else tasks, names, len(tasks)).tolist())
+        )
+        if len(found) != 1:
+            listed = " and ".join(names[one] for one in found) or "none"
+            raise ValueError(
+                "tasks: expected one for the whole batch, as with target_parameters the weights of experts, which all "
+                f"samples share, are changed for it; found {listed}"
+            )
+        return found[0]
+
     def preferences(self, names: Sequence[str], x: Tensor) -> Tensor:
         """Each sample's weights of the tasks in `names`, `[B, T]`, for `x` of shape `[B, ..., D]`.
 
