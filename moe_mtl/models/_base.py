@@ -112,6 +112,10 @@ class MultiTaskModel(PreTrainedModel):
     def tasks(self) -> list[str]:
         return self.config.task_names
 
+    def example_inputs(self) -> dict[str, Tensor]:
+        """One row of zeros, as the model takes it, on its device."""
+        raise NotImplementedError(f"{type(self).__name__} must say what a row looks like")
+
     def rows_kept(self, config: MultiTaskConfig, name: str) -> list[int] | None:
         """Which rows of this model's tensor `name` the model of `config` keeps: None for all."""
         return None
@@ -126,12 +130,18 @@ class MultiTaskModel(PreTrainedModel):
             UnknownTaskError: a task that the model does not have.
         """
         names = check_task_names(tasks, self.tasks)
-        state = self.state_dict()
-        config = self.config.for_tasks(names, state.__getitem__)
+        values = None if self.device.type == "meta" else self.state_dict().__getitem__
+        return self.reduced(self.config.for_tasks(names, values))
+
+    def reduced(self, config: MultiTaskConfig) -> Self:
+        """A smaller model, as `extract_task` makes it, of those tensors and rows of this one that `config` tells of."""
         with torch.device("meta"):
             small = type(self)(config)
-        kept = {name: _rows(state[name], self.rows_kept(config, name)).detach().clone() for name in small.state_dict()}
         dtype = next(self.parameters()).dtype
+        if self.device.type == "meta":  # nothing to copy
+            return small.to(dtype).eval()  # type: ignore[arg-type]  # as below
+        state = self.state_dict()
+        kept = {name: _rows(state[name], self.rows_kept(config, name)).detach().clone() for name in small.state_dict()}
         small = type(self).from_pretrained(None, config=config, state_dict=kept, dtype=dtype)
         small.to(self.device)  # type: ignore[arg-type]  # the library wraps it in a way that loses its types
         return small

@@ -167,6 +167,10 @@ class VisionModel(MultiTaskModel):
         """A module that makes of the tasks' names what they tell every layer, `[T, P]`; none by default."""
         return None
 
+    def example_inputs(self) -> dict[str, Tensor]:
+        """A grey image."""
+        return {"pixel_values": torch.zeros(1, self.config.num_channels, *self.config.image_size, device=self.device)}
+
     def enter(self, layer: int, x_TBLD: Tensor, tasks: Sequence[str]) -> Tensor:
         """What is done to the tokens before a block; nothing, unless the architecture says so."""
         return x_TBLD
