@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from .models import MultiTaskModel
-from .tasks import check_task_names
+from ..models import MultiTaskModel
+from ..tasks import check_task_names
 
 # Operations that fetch rows of a table: what they return was read, not all of what they were given.
 _LOOKUPS = (torch.ops.aten.embedding, torch.ops.aten.index_select, torch.ops.aten.index, torch.ops.aten.gather)
