@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -354,6 +355,14 @@ class Checkpoint:
                 f"expected finite weights, found {bad} NaN or infinite values in {name} of {path.name} in {self.folder}"
             )
         return tensor
+
+    def place(self, name: str) -> tuple[Path, int, os.stat_result]:
+        """The file that holds a tensor, where in it the tensor starts, in bytes, and the state of that file."""
+        path = self._files[name]
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            described = json.loads(file.read(length))[name]  # safetensors has compared it with the file
+            return path, 8 + length + described["data_offsets"][0], os.fstat(file.fileno())
 
     def _weight_map(self) -> dict[str, str] | None:
         """Tensor name -> shard as the index says, each shard's name checked; None for a single file."""

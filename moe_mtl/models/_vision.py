@@ -116,6 +116,12 @@ class VisionConfig(MultiTaskConfig):
         return [(i + 1) * self.num_hidden_layers // count for i in range(count)]
 
 
+def block_of(name: str) -> str | None:
+    """The number of the block that a parameter or layer is in, as keys of `experts_kept` have it; None for others."""
+    start, _, rest = name.partition(".")
+    return rest.partition(".")[0] if start == "blocks" else None
+
+
 class VisionModel(MultiTaskModel):
     """Patches, blocks, heads.
 
@@ -183,6 +189,22 @@ class VisionModel(MultiTaskModel):
     def build_conditions(self) -> nn.Module | None:
         """A module that makes of the tasks' names what they tell every layer, `[T, P]`; none by default."""
         return None
+
+    def example_inputs(self) -> dict[str, Tensor]:
+        """A grey image."""
+        return {"pixel_values": torch.zeros(1, self.config.num_channels, *self.config.image_size, device=self.device)}
+
+    def rows_kept(self, config: MultiTaskConfig, name: str) -> list[int] | None:
+        """Of stacked experts those that `config.experts_kept` has, found among those that this model has."""
+        block = block_of(name)
+        if block is None or ".experts." not in name:
+            return None
+        kept, stored = ((getattr(c, "experts_kept", None) or {}).get(block) for c in (config, self.config))
+        if kept is None or kept == stored:
+            return None
+        if missing := [expert for expert in kept if stored is not None and expert not in stored]:
+            raise ValueError(f"experts_kept: expected some of {stored} for block {block}, found {missing}")
+        return kept if stored is None else [stored.index(expert) for expert in kept]
 
     def enter(self, layer: int, x_TBLD: Tensor, tasks: Sequence[str]) -> Tensor:
         """What is done to the tokens before a block; nothing, unless the architecture says so."""
