@@ -24,7 +24,7 @@ class DataSection:
     """Where the rows come from.
 
     Attributes:
-        name: a data set of `moe_mtl.data`: digits, census-income, mmoe-synthetic, multitab-bench, table.
+        name: a data set of `moe_mtl.data`, such as digits, table, instruct or photo-tiles.
         path: file or folder of the rows, for the data sets that read one.
         options: every other key of the section: options of that data set, checked by it.
     """
@@ -116,7 +116,7 @@ class TrainSection:
         epochs: passes over the training rows; excludes `max_steps`. 10 where neither is given.
         max_steps: optimiser steps.
         batch_size: rows per step and device.
-        eval_batch_size: rows per forward pass of evaluation and prediction.
+        eval_batch_size: rows per forward pass of evaluation and prediction; of pictures choose far fewer, such as 64.
         learning_rate: peak learning rate.
         weight_decay: decoupled, on weight matrices only (not on biases and norms).
         schedule: learning rate over the steps. `one_cycle` rises over the warm-up (30 % by default) and falls to 0
@@ -145,7 +145,8 @@ class TrainSection:
         truncate: for text: cut what is longer than `max_length` at its end.
         packing: for text: put several examples into one row of `max_length` tokens, which attention keeps apart (by
             TRL); saves padding.
-        gradient_checkpointing: for text: compute layers again in the backward instead of keeping what they made.
+        gradient_checkpointing: for text and pictures: compute layers again in the backward instead of keeping what they
+            made.
     """
 
     epochs: int | None = None
