@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_mtl.models import REGISTRY
-from moe_mtl.models._tabular import TabularModel
-from moe_mtl.models._tabular import product_logit
+from moe_mtl.models._tabular import TabularModel, product_logit
 from moe_mtl.tasks import Task
 
 
