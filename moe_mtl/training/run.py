@@ -289,6 +289,7 @@ def _check_tabular(recipe: Recipe) -> None:
     model, train = recipe.model, recipe.train
     for key, value in {
         "model.adapter": model.adapter,
+        "model.sparsity": model.sparsity,
         "model.dtype": model.dtype,
         "model.quantization": model.quantization,
         "train.max_length": train.max_length,
