@@ -9,7 +9,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from ..data import DataError
 from ..data.text import Example, TextSplits, TokenTable, encode
 from ..files import read_json
 from ..hub import ADAPTER
@@ -134,7 +133,7 @@ def evaluate_examples(
     known = own or tasks or sorted({example.task for example in examples})
     for row, example in enumerate(examples):
         if example.task not in known:
-            raise DataError(f"task: expected one of {', '.join(known)}, found {example.task!r}", row=row)
+            raise example.error(f"task: expected one of {', '.join(known)}, found {example.task!r}", row)
     table = encode(examples, tokenizer, known, max_length, truncate)
     return evaluate_text(model, table, batch_size, pad_token(tokenizer))
 
