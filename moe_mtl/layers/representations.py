@@ -130,7 +130,8 @@ class RepresentationDecoder(nn.Module):
         names = ("stem", *self.teachers)
         sums: dict[str, Tensor] = {}
         routing = []
-        for i, (blocks, router, projections) in enumerate(zip(self.reads, self.routers, self.projections, strict=True)):
+        for i, (blocks, router) in enumerate(zip(self.reads, self.routers, strict=True)):
+            projections: Any = self.projections[i]
             stem_BLD = hidden[blocks][0]
             all_BMLD = torch.stack([stem_BLD, *(paths[name][blocks - 1] for name in self.teachers)], dim=1)
             weights = {task: router(stem_BLD, task) for task in tasks}
