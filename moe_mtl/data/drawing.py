@@ -16,37 +16,8 @@ if TYPE_CHECKING:
     from .vision_processor import VisionProcessor
 
 # Anchors of viridis (van der Walt and Smith 2015, CC0): as light as the value is high, for colour-blind eyes too.
-VIRIDIS = np.array(
-    [
-        "68",
-        "1",
-        "84",
-        "71",
-        "45",
-        "123",
-        "59",
-        "82",
-        "139",
-        "44",
-        "114",
-        "142",
-        "33",
-        "145",
-        "140",
-        "40",
-        "174",
-        "128",
-        "94",
-        "201",
-        "98",
-        "173",
-        "220",
-        "48",
-        "253",
-        "231",
-        "37",
-    ],
-    float,
+VIRIDIS = np.frombuffer(
+    bytes.fromhex("440154 472d7b 3b528b 2c728e 21918c 28ae80 5ec962 addc30 fde725"), np.uint8
 ).reshape(-1, 3)
 EDGE = (214, 40, 40)
 SALIENT = (255, 176, 0)
