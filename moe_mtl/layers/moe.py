@@ -275,3 +275,24 @@ class TaskConditions(nn.Module):
     def initialise(self, std: float) -> None:
         for embedding in self.embeddings.values():
             init.normal_(embedding, std=1.0)
+
+
+class TaskEmbeddings(nn.Module):
+    """`e_t`: one vector per task, which Mod-Squad adds to the tokens before every block.
+
+    Args:
+        tasks: names.
+        dim: `D`.
+    """
+
+    def __init__(self, tasks: Sequence[str], dim: int):
+        super().__init__()
+        self.embeddings = nn.ParameterDict({task: torch.empty(dim) for task in tasks})
+
+    def forward(self, tasks: Sequence[str]) -> Tensor:
+        """`[T, D]`."""
+        return torch.stack([self.embeddings[task] for task in tasks])
+
+    def initialise(self, std: float) -> None:
+        for embedding in self.embeddings.values():
+            init.trunc_normal_(embedding, std=std)

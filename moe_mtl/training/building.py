@@ -7,28 +7,33 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+from ..data.images import ImageSplits
 from ..data.processor import TabularProcessor
 from ..data.splits import DataSplits
+from ..data.vision_processor import VisionProcessor
 from ..models import AutoModelForMultiTask, MultiTaskModel, model_class
 from ..naming import nearest
 from .recipe import ModelSection, Recipe, RecipeError
 
+Processor = TabularProcessor | VisionProcessor
 
-def build(recipe: Recipe, splits: DataSplits) -> tuple[MultiTaskModel, TabularProcessor]:
+
+def build(recipe: Recipe, splits: DataSplits | ImageSplits) -> tuple[MultiTaskModel, Processor]:
     """The model to train and its processor, fitted on the training rows or taken from the saved model.
 
     Raises:
-        RecipeError: a task, config field or parameter pattern that does not exist; a saved model that cannot take a
-            further task.
+        RecipeError: a task, config field or parameter pattern that does not exist; a model that is not for such data; a
+            saved model that cannot take a further task.
     """
     section = recipe.model
-    if "features" in section.config:
-        raise RecipeError("section 'model': 'features' come from the data and cannot be set")
-    fitted = splits.fit_processor()
+    fitted: Processor = splits.processor if isinstance(splits, ImageSplits) else splits.fit_processor()
+    for field in _from_data(fitted):
+        if field in section.config:
+            raise RecipeError(f"section 'model': {field!r} comes from the data and cannot be set")
     if section.source is None:
-        processor = fitted.for_tasks(_chosen(section.tasks, list(fitted.labels), "model.tasks"))
-        fields = {"features": processor.features, "tasks": _weighted(processor, recipe)}
-        model = _configured(str(section.type), fields | section.config)
+        processor = fitted.for_tasks(_chosen(section.tasks, _names(fitted), "model.tasks"))
+        fields = _from_data(processor) | {"tasks": _weighted(processor, recipe)}
+        model = _configured(str(section.type), fields | section.config, type(fitted))
         new: set[str] = set()
     else:
         model, processor, new = _from_saved(section, fitted, recipe)
@@ -36,14 +41,24 @@ def build(recipe: Recipe, splits: DataSplits) -> tuple[MultiTaskModel, TabularPr
     return model, processor
 
 
-def _from_saved(
-    section: ModelSection, fitted: TabularProcessor, recipe: Recipe
-) -> tuple[MultiTaskModel, TabularProcessor, set[str]]:
+def _from_data(processor: Processor) -> dict[str, Any]:
+    """What of a model's config the data decide, beside the tasks."""
+    if isinstance(processor, VisionProcessor):
+        return {"image_size": list(processor.image_size)}
+    return {"features": processor.features}
+
+
+def _names(processor: Processor) -> list[str]:
+    return [task.name for task in processor.parsed_tasks]
+
+
+def _from_saved(section: ModelSection, fitted: Processor, recipe: Recipe) -> tuple[MultiTaskModel, Processor, set[str]]:
     source = str(section.source)
     if section.tasks is not None:
         raise RecipeError("model.tasks chooses the tasks of a new model; with model.from use add_tasks and drop_tasks")
     model = AutoModelForMultiTask.from_pretrained(source)
-    saved = TabularProcessor.from_pretrained(source)
+    _check_kind(f"model.from: {source}", type(model), type(fitted))
+    saved: Processor = type(fitted).from_pretrained(source)
     if section.drop_tasks:
         _chosen(section.drop_tasks, model.tasks, "model.drop_tasks")
         kept = [task for task in model.tasks if task not in section.drop_tasks]
@@ -53,26 +68,51 @@ def _from_saved(
     for task in section.add_tasks:
         if task in model.tasks:
             raise RecipeError(f"model.add_tasks: {section.source} has a task {task!r} already")
-    added = _chosen(section.add_tasks, list(fitted.labels), "model.add_tasks") if section.add_tasks else []
-    absent = [task for task in model.tasks if task not in saved.labels]
+    added = _chosen(section.add_tasks, _names(fitted), "model.add_tasks") if section.add_tasks else []
+    absent = [task for task in model.tasks if task not in _names(saved)]
     if absent:
         raise RecipeError(f"model.from: the processor of {section.source} lacks the task {absent[0]!r} of its model")
     saved = saved.for_tasks(model.tasks)
-    # What was learnt stays as it is: columns, and the labels of the old tasks (a regression's scale is part of its
-    # answers).
-    old = saved.parsed_tasks
-    tasks = old + [task for task in fitted.parsed_tasks if task.name in added]
-    labels = {task.name: saved.labels[task.name] if task in old else fitted.labels[task.name] for task in tasks}
-    group = fitted.group_column or saved.group_column
-    processor = TabularProcessor(saved.columns, tasks, labels, group, saved.known_columns, saved.missing_values)
+    processor = _grown(saved, fitted, added)
     config = {
         key: value
         for key, value in model.config.to_diff_dict().items()
         if key in type(model.config).__dataclass_fields__
     }
-    config |= {"features": model.config.features, "tasks": _weighted(processor, recipe)} | section.config
-    grown = _configured(model.config.model_type, config)
+    config |= {"tasks": _weighted(processor, recipe)} | section.config
+    grown = _configured(model.config.model_type, config, type(fitted))
     return grown, processor, _copy_weights(model, grown, section)
+
+
+def _grown(saved: Processor, fitted: Processor, added: list[str]) -> Processor:
+    """The processor of a saved model, with tasks added that were fitted on new data."""
+    # What was learnt stays as it is: columns or the pictures' size, and the labels of the old tasks (a regression's
+    # scale is part of its answers).
+    old = saved.parsed_tasks
+    tasks = old + [task for task in fitted.parsed_tasks if task.name in added]
+    if isinstance(saved, VisionProcessor) and isinstance(fitted, VisionProcessor):
+        if saved.image_size != fitted.image_size:
+            raise RecipeError(
+                f"model.from: expected pictures of {list(saved.image_size)} as the saved model takes, found data of "
+                f"{list(fitted.image_size)}"
+            )
+        classes = {name: of for name, of in fitted.classes.items() if name in added} | saved.classes
+        units = {name: of for name, of in fitted.units.items() if name in added} | saved.units
+        return VisionProcessor(saved.image_size, tasks, classes, units, saved.image_mean, saved.image_std, fitted.fit)
+    assert isinstance(saved, TabularProcessor)
+    assert isinstance(fitted, TabularProcessor)
+    labels = {task.name: saved.labels[task.name] if task in old else fitted.labels[task.name] for task in tasks}
+    group = fitted.group_column or saved.group_column
+    return TabularProcessor(saved.columns, tasks, labels, group, saved.known_columns, saved.missing_values)
+
+
+def _check_kind(where: str, model: type[MultiTaskModel], processor: type) -> None:
+    """A model of tables reads no pictures, nor the other way."""
+    if model.processor_class is not processor:
+        of = {TabularProcessor: "rows of a table", VisionProcessor: "pictures"}
+        raise RecipeError(
+            f"{where}: expected a model of {of[processor]}, as the data are, found one of {of[model.processor_class]}"
+        )
 
 
 def _copy_weights(old: MultiTaskModel, new: MultiTaskModel, section: ModelSection) -> set[str]:
@@ -93,11 +133,12 @@ def _copy_weights(old: MultiTaskModel, new: MultiTaskModel, section: ModelSectio
     return set(target) - set(source)
 
 
-def _configured(model_type: str, fields: dict[str, Any]) -> MultiTaskModel:
+def _configured(model_type: str, fields: dict[str, Any], processor: type) -> MultiTaskModel:
     try:
         cls = model_class(model_type)
     except ValueError as error:
         raise RecipeError(f"model.type: {error}") from None
+    _check_kind(f"model.type: {model_type}", cls, processor)
     known = cls.config_class.__dataclass_fields__
     for key in fields:
         if key not in known:
@@ -123,11 +164,11 @@ def _chosen(names: list[str] | None, known: list[str], where: str) -> list[str]:
     return [name for name in known if name in names]
 
 
-def _weighted(processor: TabularProcessor, recipe: Recipe) -> list[dict[str, Any]]:
-    weights = recipe.train.task_weights
+def _weighted(processor: Processor, recipe: Recipe) -> list[dict[str, Any]]:
+    weights, known = recipe.train.task_weights, _names(processor)
     for name in weights:
-        if name not in processor.labels:
-            raise RecipeError(f"train.task_weights: unknown task {name!r}{nearest(name, processor.labels)}")
+        if name not in known:
+            raise RecipeError(f"train.task_weights: unknown task {name!r}{nearest(name, known)}")
     return [task | ({"weight": weights[task["name"]]} if task["name"] in weights else {}) for task in processor.tasks]
 
 

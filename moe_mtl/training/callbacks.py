@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ..data.images import ImageTable
 from ..data.tensors import TensorTable
 from ..layers.experts import ExpertBank
 from ..layers.gates import DSelectKGate
@@ -23,6 +24,7 @@ STARVED = 0.05  # of an even share, with every gate
 POLARISED = 0.95  # of a gate's weight on one expert
 DEAD = 0.5  # of an expert's units
 IDENTICAL = 0.999  # cosine of two experts' first layers
+ROWS, PICTURES = 1024, 32  # that the routing is read from
 
 Problem = tuple[str, str]  # a key that names it once, and a sentence
 
@@ -34,12 +36,19 @@ class ExpertHealth(TrainerCallback):
     per case, and so are static DSelect-k gates that have not decided when training ends.
 
     Args:
-        table: validation rows; the first `rows` of them are used.
+        table: validation rows or pictures; the first `rows` of them are used.
         report: gets the numbers; by default they are only checked.
-        rows: size of the batch.
+        rows: size of the batch; by default 1024, of pictures 32.
     """
 
-    def __init__(self, table: TensorTable, report: Callable[[dict[str, float]], None] | None = None, rows: int = 1024):
+    def __init__(
+        self,
+        table: TensorTable | ImageTable,
+        report: Callable[[dict[str, float]], None] | None = None,
+        rows: int | None = None,
+    ):
+        if rows is None:
+            rows = PICTURES if isinstance(table, ImageTable) else ROWS
         self.batch, self.report = table[: min(rows, len(table))], report
         self.warned: set[str] = set()
 
@@ -97,13 +106,14 @@ def routing_numbers(routing: Sequence[Routing]) -> dict[str, float]:
 
 
 def routing_problems(routing: Sequence[Routing]) -> Iterator[Problem]:
-    """Starved experts, polarised gates, dead units. Gates that select by design (weights of 0) are left alone."""
+    """Starved experts, polarised gates, dead units. Gates that select by design (weights of 0) are left alone; of a
+    sparse layer an expert's share is that of the choices, and a task may keep to few experts."""
     for record in routing:
         layer = record.layer
         shares = {
             g: share_E
             for g, share_E in record.utilisation().items()
-            if len(share_E) > 1 and not _selects(record.weights[g])
+            if len(share_E) > 1 and (g in record.indices or not _selects(record.weights[g]))
         }
         received: dict[str, dict[str, float]] = {}
         for gate, share_E in shares.items():
@@ -111,7 +121,7 @@ def routing_problems(routing: Sequence[Routing]) -> Iterator[Problem]:
             for name, share in zip(names, share_E.tolist(), strict=True):
                 received.setdefault(name, {})[gate] = share
             top = int(share_E.argmax())
-            if share_E[top] > POLARISED:
+            if share_E[top] > POLARISED and gate not in record.indices:
                 yield (
                     f"polarised {layer} {gate}",
                     f"the gate of {gate!r} in layer {layer!r} gives {share_E[top]:.1%} of its weight to "
@@ -121,10 +131,11 @@ def routing_problems(routing: Sequence[Routing]) -> Iterator[Problem]:
         for name, by_gate in received.items():
             if all(share * len(record.experts[gate]) < STARVED for gate, share in by_gate.items()):
                 parts = ", ".join(f"{share:.2%} of {gate!r}" for gate, share in by_gate.items())
+                raised = "the weight of the balance loss" if record.indices else "gate_dropout"
                 yield (
                     f"starved {layer} {name}",
                     f"expert {name!r} of layer {layer!r} receives {parts}: nothing trains it any more; raise "
-                    "gate_dropout, lower the learning rate, or use fewer experts",
+                    f"{raised}, lower the learning rate, or use fewer experts",
                 )
         for name, share in record.dead_units.items():
             if share > DEAD:

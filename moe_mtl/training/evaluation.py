@@ -1,4 +1,4 @@
-"""One pass over a split: logits gathered as tensors, then every metric once over all rows.
+"""One pass over a split: logits gathered as tensors, then every metric once over all rows; of maps, counts and sums.
 
 Shapes: `B` rows of a batch, `N` rows of the split, `C` outputs of a task.
 """
@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.images import ImageTable
 from ..data.tensors import TensorTable
 from ..tasks import Task
+from .dense_metrics import DenseMetrics
 from .metrics import Metrics, compute_metrics, counted_rows, mean_metrics
 
 # Entries of a batch that are no input of the model's answer.
@@ -27,14 +29,16 @@ class Evaluation:
     Attributes:
         metrics: task -> metric -> value.
         loss: sum over tasks of weight x mean loss over the counted rows of the whole split, without regularisers.
-        task_losses: that mean loss by task.
-        logits: task -> `[N, C]`, on the CPU.
+        task_losses: that mean loss by task; of a dense task over the counted pixels.
+        logits: task -> `[N, C]`, on the CPU; maps are not kept.
+        labels: of the same tasks, as the table has them.
     """
 
     metrics: Metrics
     loss: float
     task_losses: dict[str, float]
     logits: dict[str, Tensor] = field(repr=False)
+    labels: dict[str, Tensor] = field(repr=False)
 
     def flat(self) -> dict[str, float]:
         """`income/auc`, `income/loss`, `mean_auc`, `loss`: the names that early stopping and the log use."""
@@ -44,8 +48,8 @@ class Evaluation:
         return out | mean_metrics(self.metrics)
 
 
-def batches_of(table: TensorTable, batch_size: int) -> Iterator[dict[str, Any]]:
-    """The rows in order, as views."""
+def batches_of(table: TensorTable | ImageTable, batch_size: int) -> Iterator[dict[str, Any]]:
+    """The rows in order, as views where they are in memory; pictures without augmentation."""
     for start in range(0, len(table), batch_size):
         yield table[start : start + batch_size]
 
@@ -105,4 +109,79 @@ def evaluate_table(
         for task in tasks
     }
     metrics = compute_metrics(tasks, logits, labels, weights, None if groups is None else groups.numpy(), unscale)
-    return Evaluation(metrics, sum(task.weight * losses[task.name] for task in tasks), losses, logits)
+    return Evaluation(
+        metrics, _weighted(tasks, losses), losses, logits, {task.name: labels[task.name] for task in tasks}
+    )
+
+
+@torch.no_grad()
+def evaluate_images(
+    model: nn.Module, table: ImageTable, batch_size: int, tasks: list[Task], unscale: Unscale | None = None
+) -> Evaluation:
+    """Metrics and losses of a model on pictures, in one pass that keeps no map.
+
+    Args:
+        model: any model of pictures; computes in evaluation mode, and its mode is put back.
+        table: pictures and labels, taken without augmentation.
+        batch_size: pictures per forward pass.
+        tasks: what to measure; a task that the table does not have is left out.
+        unscale: the processor's `unscale`, for regression in original units.
+
+    Raises:
+        ValueError: the table is empty or has none of the tasks.
+    """
+    known = {task.name for task in table.tasks}
+    tasks = [task for task in tasks if task.name in known]
+    if not tasks or not len(table):
+        raise ValueError(
+            f"evaluation needs pictures with labels, found {len(table)} with those of {', '.join(known) or 'no task'}"
+        )
+    names = [task.name for task in tasks]
+    dense = {task.name: DenseMetrics(task) for task in tasks if task.dense}
+    kept: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names if name not in dense}
+    terms = {name: [0.0, 0.0] for name in dense}
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    try:
+        for batch in batches_of(table, batch_size):
+            logits = model(**model_inputs(batch, device), tasks=names).logits
+            for task in tasks:
+                found, labels = logits[task.name].float(), batch["labels"][task.name]
+                if not task.dense:
+                    kept[task.name].append((found.cpu(), labels))
+                    continue
+                for i, term in enumerate(task.loss_terms(found, labels.to(device))):
+                    terms[task.name][i] += float(term)
+                dense[task.name].add(found, labels)
+    finally:
+        model.train(was_training)
+    whole = {name: [torch.cat(parts) for parts in zip(*pairs, strict=True)] for name, pairs in kept.items()}
+    logits = {name: pair[0] for name, pair in whole.items()}
+    labels = {name: pair[1] for name, pair in whole.items()}
+    losses, metrics = {}, compute_metrics(tasks, logits, labels, unscale=unscale)
+    for task in tasks:
+        if task.dense:
+            total, weight = terms[task.name]
+            losses[task.name] = total / weight if weight else 0.0
+            metrics[task.name] = dense[task.name].values()
+        else:
+            losses[task.name] = float(task.loss(logits[task.name], labels[task.name]))
+    metrics = {name: metrics[name] for name in names}
+    return Evaluation(metrics, _weighted(tasks, losses), losses, logits, labels)
+
+
+def evaluate(
+    model: nn.Module,
+    table: TensorTable | ImageTable,
+    batch_size: int,
+    tasks: list[Task],
+    unscale: Unscale | None = None,
+) -> Evaluation:
+    """`evaluate_images` or `evaluate_table`."""
+    if isinstance(table, ImageTable):
+        return evaluate_images(model, table, batch_size, tasks, unscale)
+    return evaluate_table(model, table, batch_size, tasks, unscale)
+
+
+def _weighted(tasks: list[Task], losses: Mapping[str, float]) -> float:
+    return sum(task.weight * losses[task.name] for task in tasks)

@@ -15,24 +15,26 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from .. import data
-from ..data.images import ImageSplits
+from ..data.images import ImageSplits, ImageTable
 from ..data.processor import TabularProcessor
 from ..data.splits import DataSplits
 from ..data.tensors import TensorTable
 from ..data.text import TextSplits
+from ..data.vision_processor import VisionProcessor
 from ..files import require_replaceable, staged_folder, write_atomically
 from ..hub import resolve, write_manifest
 from ..models import AutoModelForMultiTask, MultiTaskModel
 from .balancing import build_method
-from .building import build
+from .building import Processor, build
 from .callbacks import ExpertHealth, Progress
 from .checkpoints import checkpoints_in, keep_last_checkpoints, remove_stale_staging
 from .crash_safe import CrashSafeTrainer
-from .evaluation import Evaluation, evaluate_table
+from .evaluation import Evaluation
+from .evaluation import evaluate as evaluate_rows
 from .metrics import Metrics, standard_errors
 from .recipe import Recipe, RecipeError, TrainSection, load_recipe, recipe_sha256
 from .saved import METRICS, RECIPE, plain
-from .trainer import MultiTaskTrainer
+from .trainer import MultiTaskTrainer, Table
 
 if TYPE_CHECKING:
     from .text_trainer import TextEvaluation
@@ -97,24 +99,26 @@ def run(
         from .text_run import run_text
 
         return run_text(recipe, output_dir, progress, resume, tell)
-    _check_tabular(recipe)
+    _check_section(recipe)
     start = time.perf_counter()
     splits = load_data(recipe)
-    assert isinstance(splits, DataSplits)
+    assert not isinstance(splits, TextSplits)
     if tell is not None:
         for note in splits.info.get("inferred", ()):
             tell(note)
     set_seed(recipe.train.seed)
     model, processor = build(recipe, splits)
-    _check_groups(model, processor)
+    _check_metrics(recipe, model, processor)
     processor.to_json()  # raises for vocabularies too large to be saved
     tables = {
-        name: TensorTable(processor(part))
+        name: encoded(part, processor)
         for name, part in splits.parts().items()
         if name in {"train", "validation", *recipe.eval.splits}
     }
     _check_labels(tables["train"], model)
     output_dir.mkdir(parents=True, exist_ok=True)
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer = make_trainer(recipe, model, processor, tables["train"], tables["validation"], output_dir, progress)
     prepared = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume or None)
@@ -122,7 +126,7 @@ def run(
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     check_finite(model)
     results = {
-        name: evaluate_table(
+        name: evaluate_rows(
             model, tables[name], recipe.train.eval_batch_size, model.config.parsed_tasks, processor.unscale
         )
         for name in recipe.eval.splits
@@ -167,9 +171,30 @@ def evaluate(
 
         return evaluate_saved_text(folder, split, recipe)
     model = AutoModelForMultiTask.from_pretrained(folder).eval()
-    processor = TabularProcessor.from_pretrained(folder)
-    table = TensorTable(processor(load_data(recipe).parts()[split]))
-    return evaluate_table(model, table, recipe.train.eval_batch_size, model.config.parsed_tasks, processor.unscale)
+    processor = model.processor_class.from_pretrained(folder)
+    table = encoded(load_data(recipe).parts()[split], processor)
+    return evaluate_rows(model, table, recipe.train.eval_batch_size, model.config.parsed_tasks, processor.unscale)
+
+
+def encoded(part: Any, processor: Processor) -> Table:
+    """A part of a data set as a model takes it.
+
+    Raises:
+        RecipeError: pictures for a model of tables, or the other way.
+        DataError: pictures of another size than the model's.
+    """
+    if isinstance(part, ImageTable) != isinstance(processor, VisionProcessor):
+        found = ["rows of a table", "pictures"]
+        data_are = isinstance(part, ImageTable)
+        raise RecipeError(f"data: expected {found[not data_are]}, as the model takes, found {found[data_are]}")
+    if isinstance(processor, TabularProcessor):
+        return TensorTable(processor(part))
+    if part.processor.image_size != processor.image_size:
+        raise data.DataError(
+            f"expected pictures of {list(processor.image_size)}, as the model takes, found "
+            f"{list(part.processor.image_size)}"
+        )
+    return part.with_processor(processor)
 
 
 def load_data(recipe: Recipe) -> DataSplits | TextSplits | ImageSplits:
@@ -183,9 +208,9 @@ def load_data(recipe: Recipe) -> DataSplits | TextSplits | ImageSplits:
 def make_trainer(
     recipe: Recipe,
     model: MultiTaskModel,
-    processor: TabularProcessor,
-    train: TensorTable,
-    validation: TensorTable,
+    processor: Processor,
+    train: Table,
+    validation: Table,
     output_dir: Path,
     progress: bool = False,
 ) -> MultiTaskTrainer:
@@ -285,18 +310,20 @@ def _check_methods(recipe: Recipe) -> None:
             build_method(kind, *method, num_tasks=2)
 
 
-def _check_tabular(recipe: Recipe) -> None:
-    """What is for text, not for rows of a table."""
-    model, train = recipe.model, recipe.train
+def _check_section(recipe: Recipe) -> None:
+    """What is for text, or for tables alone."""
+    model, train, images = recipe.model, recipe.train, data.is_images(recipe.data.name)
     for key, value in {
         "model.adapter": model.adapter,
+        "model.sparsity": model.sparsity,
         "model.dtype": model.dtype,
         "model.quantization": model.quantization,
         "train.max_length": train.max_length,
-        "train.gradient_checkpointing": train.gradient_checkpointing,
+        "train.gradient_checkpointing": train.gradient_checkpointing and not images,
     }.items():
         if value:
-            raise RecipeError(f"{key}: expected none, as {recipe.data.name} is a table, found {value!r}")
+            kind = "pictures" if images else "a table"
+            raise RecipeError(f"{key}: expected none, as {recipe.data.name} is {kind}, found {value!r}")
 
 
 def _check_reporter(name: str) -> None:
@@ -304,9 +331,15 @@ def _check_reporter(name: str) -> None:
         raise RecipeError(f"train.report_to: {name} is not installed: pip install {name}")
 
 
-def _check_groups(model: MultiTaskModel, processor: TabularProcessor) -> None:
+def _check_metrics(recipe: Recipe, model: MultiTaskModel, processor: Processor) -> None:
+    group = processor.group_column if isinstance(processor, TabularProcessor) else None
     for task in model.config.parsed_tasks:
-        if "group_auc" in task.reported_metrics and processor.group_column is None:
+        if task.dense and recipe.eval.bootstrap:
+            raise RecipeError(
+                f"eval.bootstrap: expected 0, as the maps of task {task.name!r} are not kept, found "
+                f"{recipe.eval.bootstrap}"
+            )
+        if "group_auc" in task.reported_metrics and group is None:
             raise RecipeError(
                 f"task {task.name!r} reports group_auc: expected the column of the groups as data.group_column, "
                 "found none"
@@ -332,9 +365,13 @@ def _check_folder(output_dir: Path, recipe: Recipe, resume: bool) -> None:
         )
 
 
-def _check_labels(table: TensorTable, model: MultiTaskModel) -> None:
+def _check_labels(table: Table, model: MultiTaskModel) -> None:
     for task in model.config.parsed_tasks:
-        if not bool(task.labelled(table.tensors["labels"][task.name]).any()):
+        if isinstance(table, ImageTable):
+            present = table.present(task.name)
+        else:
+            present = task.labelled(table.tensors["labels"][task.name])
+        if not bool(present.any()):
             raise RecipeError(f"no training row has a label of task {task.name!r}")
 
 
@@ -355,29 +392,31 @@ def check_finite(model: nn.Module) -> None:
 def _errors(
     recipe: Recipe,
     model: MultiTaskModel,
-    processor: TabularProcessor,
-    tables: dict[str, TensorTable],
+    processor: Processor,
+    tables: dict[str, Table],
     results: dict[str, Evaluation],
 ) -> dict[str, Metrics]:
     if not recipe.eval.bootstrap:
         return {}
-    return {
-        name: standard_errors(
+    errors = {}
+    for name, result in results.items():
+        table = tables[name]
+        further = table.tensors if isinstance(table, TensorTable) else {}
+        errors[name] = standard_errors(
             model.config.parsed_tasks,
             result.logits,
-            tables[name].tensors["labels"],
-            tables[name].tensors.get("sample_weights"),
-            tables[name].tensors["groups"].numpy() if "groups" in tables[name].tensors else None,
+            result.labels,
+            further.get("sample_weights"),
+            further["groups"].numpy() if "groups" in further else None,
             processor.unscale,
             resamples=recipe.eval.bootstrap,
         )
-        for name, result in results.items()
-    }
+    return errors
 
 
 def record_of(
     recipe: Recipe,
-    splits: DataSplits | TextSplits,
+    splits: DataSplits | TextSplits | ImageSplits,
     trainer: CrashSafeTrainer,
     results: Mapping[str, Any],
     told: dict[str, Any],

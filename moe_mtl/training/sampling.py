@@ -1,4 +1,7 @@
-"""Batches for training. Their order depends on the seed and the epoch alone: a resumed run sees the same rows."""
+"""Batches for training. Their order depends on the seed and the epoch alone: a resumed run sees the same rows.
+
+Shapes: `N` rows of a table.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -7,9 +10,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..data.images import ImageTable
 from ..data.tensors import ShuffledBatches, TensorTable, as_is
 from ..tasks import Task
 from .metrics import counted_rows
+
+
+def rows_by_task(table: TensorTable | ImageTable, tasks: Sequence[Task]) -> dict[str, Tensor]:
+    """The rows that count for each task of positive weight that the table has labels of: bool `[N]` by task."""
+    trained = [task for task in tasks if task.weight > 0]
+    if isinstance(table, ImageTable):
+        known = {task.name for task in table.tasks}
+        return {task.name: table.present(task.name) for task in trained if task.name in known}
+    labels = table.tensors["labels"]
+    return {task.name: counted_rows(task, labels) for task in trained if task.name in labels}
 
 
 class TaskBatches:
@@ -19,8 +33,8 @@ class TaskBatches:
     labelled rows fill. Each task walks through a permutation of its own rows, and begins a new one when it is used up.
 
     Args:
-        tasks: the tasks to draw; one without a labelled row is an error.
-        labels: task -> labels `[N]` or `[N, C]`.
+        rows: task -> which rows count for it, bool `[N]`; one without any is an error. Any other groups of rows can
+            stand in the place of tasks.
         batch_size: rows per batch.
         temperature: tasks are drawn with probability proportional to rows^(1/temperature).
         seed: of the order.
@@ -29,11 +43,9 @@ class TaskBatches:
         ValueError: a task that no row is labelled for.
     """
 
-    def __init__(
-        self, tasks: Sequence[Task], labels: Mapping[str, Tensor], batch_size: int, temperature: float, seed: int
-    ):
+    def __init__(self, rows: Mapping[str, Tensor], batch_size: int, temperature: float, seed: int):
         self.batch_size, self.seed, self.epoch = batch_size, seed, 0
-        self.rows = {task.name: counted_rows(task, labels).nonzero().squeeze(1) for task in tasks if task.weight > 0}
+        self.rows = {name: chosen_N.nonzero().squeeze(1) for name, chosen_N in rows.items()}
         empty = [name for name, rows in self.rows.items() if len(rows) == 0]
         if empty:
             raise ValueError(f"no training row is labelled for {', '.join(empty)}")
@@ -62,23 +74,36 @@ class TaskBatches:
 
 
 class TaskRows(Dataset):
-    """A `TensorTable` read through `TaskBatches`: a batch holds one task's labels and asks for that task only."""
+    """A table read through `TaskBatches`: a batch holds one task's labels and asks for that task only.
 
-    def __init__(self, table: TensorTable, tasks: Sequence[Task]):
+    Args:
+        table: the rows.
+        tasks: the table's.
+        groups: what is drawn in the place of tasks: name -> the tasks that a batch of it trains together.
+    """
+
+    def __init__(
+        self,
+        table: TensorTable | ImageTable,
+        tasks: Sequence[Task],
+        groups: Mapping[str, Sequence[str]] | None = None,
+    ):
         self.table = table
+        self.groups = {task.name: [task.name] for task in tasks} if groups is None else dict(groups)
         # The labels of a task's space decide which of its rows count.
-        self.needed = {task.name: {task.name, task.space} for task in tasks}
+        spaces = {task.name: task.space for task in tasks}
+        self.needed = {group: {*names, *(spaces[name] for name in names)} for group, names in self.groups.items()}
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitems__(self, chosen: tuple[str, Tensor]) -> dict[str, Any]:
-        task, index = chosen
-        batch = self.table[index]
+        group, index = chosen
+        batch = self.table.__getitems__(index)
         for targets in ("labels", "sample_weights"):
             if targets in batch:
-                batch[targets] = {name: values for name, values in batch[targets].items() if name in self.needed[task]}
-        return {**batch, "tasks": [task]}
+                batch[targets] = {name: values for name, values in batch[targets].items() if name in self.needed[group]}
+        return {**batch, "tasks": list(self.groups[group])}
 
 
 class BatchLoader(DataLoader):
@@ -102,6 +127,9 @@ class BatchLoader(DataLoader):
     def set_epoch(self, epoch: int) -> None:
         """The trainer calls it before each pass."""
         self.batches.set_epoch(epoch)
+        table = self.dataset.table if isinstance(self.dataset, TaskRows) else self.dataset
+        if isinstance(table, ImageTable):  # whose augmentation differs from pass to pass
+            table.set_epoch(epoch)
 
 
 def _as_is(batch: Any) -> Any:

@@ -15,28 +15,31 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 
+from ..data.images import ImageTable
 from ..data.processor import TabularProcessor
 from ..data.tensors import ShuffledBatches, TensorTable
+from ..data.vision_processor import VisionProcessor
 from ..models import MultiTaskModel
 from .balancing import GradientBalancer, LossBalancer, balancer_state, load_balancer_state
 from .crash_safe import CrashSafeTrainer
-from .evaluation import Evaluation, evaluate_table
+from .evaluation import Evaluation, evaluate
 from .metrics import counted_rows
 from .recipe import EarlyStopping, RecipeError, TaskSampling
-from .sampling import BatchLoader, TaskBatches, TaskRows
+from .sampling import BatchLoader, TaskBatches, TaskRows, rows_by_task
 from .schedule import BalancerSteps
 from .stopping import BestWeights
 
 BALANCING = "balancing.pt"
+Table = TensorTable | ImageTable
 
 
 class MultiTaskTrainer(CrashSafeTrainer):
-    """Trains any model of the zoo on encoded rows.
+    """Trains any model of the zoo on encoded rows or on pictures.
 
-    What `transformers.Trainer` does through its arguments stays. What differs: batches come from a `TensorTable` by
-    index, in an order given by the seed and the epoch; the optimiser is fused AdamW or Adam; `evaluate` computes every
-    metric once over the whole split; a loss that is not finite stops the run and names the task; checkpoints appear by
-    rename and carry hashes, and resuming from an incomplete one is refused.
+    What `transformers.Trainer` does through its arguments stays. What differs: batches come from a table by index, in
+    an order given by the seed and the epoch; the optimiser is fused AdamW or Adam; `evaluate` computes every metric
+    once over the whole split; a loss that is not finite stops the run and names the task; checkpoints appear by rename
+    and carry hashes, and resuming from an incomplete one is refused.
 
     Under gradient accumulation the loss is the mean over the batches of a step, each the mean over its own counted
     rows.
@@ -44,8 +47,8 @@ class MultiTaskTrainer(CrashSafeTrainer):
     Args:
         model: the model.
         args: as for `Trainer`; `logging_nan_inf_filter` is turned off.
-        train_dataset: encoded rows with `labels`.
-        eval_dataset: encoded rows with `labels`, or several by name.
+        train_dataset: encoded rows with `labels`, or pictures.
+        eval_dataset: the same, or several tables by name.
         processing_class: the processor; saved with each checkpoint, and used for regression metrics in original units.
         callbacks: further ones.
         loss_balancing, gradient_balancing: name and options of a method of TorchJD; at most one of the two.
@@ -59,17 +62,17 @@ class MultiTaskTrainer(CrashSafeTrainer):
 
     # Narrower than the library has them.
     model: MultiTaskModel
-    train_dataset: TensorTable | None
-    eval_dataset: TensorTable | dict[str, TensorTable] | None
-    processing_class: TabularProcessor | None  # type: ignore[assignment]
+    train_dataset: Table | None
+    eval_dataset: Table | dict[str, Table] | None
+    processing_class: TabularProcessor | VisionProcessor | None  # type: ignore[assignment]
 
     def __init__(
         self,
         model: MultiTaskModel,
         args: TrainingArguments,
-        train_dataset: TensorTable | None = None,
-        eval_dataset: TensorTable | dict[str, TensorTable] | None = None,
-        processing_class: TabularProcessor | None = None,
+        train_dataset: Table | None = None,
+        eval_dataset: Table | dict[str, Table] | None = None,
+        processing_class: TabularProcessor | VisionProcessor | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         *,
         loss_balancing: tuple[str, Mapping[str, Any]] | None = None,
@@ -143,17 +146,17 @@ class MultiTaskTrainer(CrashSafeTrainer):
 
     def get_train_dataloader(self) -> BatchLoader:
         """Whole batches by index; see `moe_mtl.training.sampling`."""
-        if self.train_dataset is None or not self.train_dataset.tensors.get("labels"):
+        table = self.train_dataset
+        if table is None or (isinstance(table, TensorTable) and not table.tensors.get("labels")):
             raise ValueError("training needs encoded rows with labels, found none")
-        table, size, seed = self.train_dataset, self._train_batch_size, self.args.data_seed
+        size, seed = self._train_batch_size, self.args.data_seed
         seed = self.args.seed if seed is None else seed
         pin = self.args.dataloader_pin_memory and self.args.device.type == "cuda"
         place = (self.args.process_index, self.args.world_size)
         if self.task_sampling is None:
             return BatchLoader(table, ShuffledBatches(len(table), size, seed), pin, *place)
-        labelled = [task for task in self.tasks if task.name in table.tensors["labels"]]
-        batches = TaskBatches(labelled, table.tensors["labels"], size, self.task_sampling.temperature, seed)
-        return BatchLoader(TaskRows(table, labelled), batches, pin, *place)
+        batches = TaskBatches(rows_by_task(table, self.tasks), size, self.task_sampling.temperature, seed)
+        return BatchLoader(TaskRows(table, self.tasks), batches, pin, *place)
 
     # --- one step ---
 
@@ -201,7 +204,7 @@ class MultiTaskTrainer(CrashSafeTrainer):
 
     def evaluate(  # type: ignore[override]
         self,
-        eval_dataset: TensorTable | dict[str, TensorTable] | None = None,
+        eval_dataset: Table | dict[str, Table] | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -228,18 +231,18 @@ class MultiTaskTrainer(CrashSafeTrainer):
         return metrics
 
     def predict(  # type: ignore[override]
-        self, test_dataset: TensorTable, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+        self, test_dataset: Table, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
-        """Logits by task, labels by task and metrics."""
+        """Logits by task, labels by task and metrics; of dense tasks metrics alone."""
         result = self._evaluation(test_dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in result.flat().items()}
-        labels: Any = {name: values.numpy() for name, values in test_dataset.tensors["labels"].items()}
+        labels: Any = {name: values.numpy() for name, values in result.labels.items()}
         logits: Any = {name: values.numpy() for name, values in result.logits.items()}
         return PredictionOutput(logits, labels, metrics)
 
-    def _evaluation(self, table: TensorTable) -> Evaluation:
+    def _evaluation(self, table: Table) -> Evaluation:
         unscale = None if self.processing_class is None else self.processing_class.unscale
-        return evaluate_table(self.model, table, self.args.per_device_eval_batch_size, self.tasks, unscale)
+        return evaluate(self.model, table, self.args.per_device_eval_batch_size, self.tasks, unscale)
 
     # --- checkpoints ---
 

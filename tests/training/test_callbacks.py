@@ -50,6 +50,16 @@ def test_selection_by_design_is_no_collapse():
     assert keys(record([[1.0, 0.0, 0.0, 0.0]])) == []
 
 
+def test_a_sparse_layer_is_told_by_its_choices():
+    names = ("e0", "e1", "e2")
+    weights = {"edges": torch.tensor([[0.9, 0.1, 0.0]] * 4), "depth": torch.tensor([[0.4, 0.3, 0.3]] * 4)}
+    indices = {"edges": torch.tensor([[0]] * 4), "depth": torch.tensor([[0]] * 3 + [[1]])}
+    problems = list(routing_problems([Routing("blocks.1", weights, dict.fromkeys(weights, names), {}, indices)]))
+    assert [key for key, _ in problems] == ["starved blocks.1 e2"]  # a task may keep to one expert
+    assert "receives 0.00% of 'edges', 0.00% of 'depth'" in problems[0][1]
+    assert "raise the weight of the balance loss" in problems[0][1]
+
+
 def test_dead_units():
     assert keys(record([[0.25] * 4], dead={"e1": torch.tensor(0.6), "e2": torch.tensor(0.4)})) == ["dead experts_1 e1"]
 
