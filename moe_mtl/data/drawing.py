@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from .vision_processor import VisionProcessor
 
 # Anchors of viridis (van der Walt and Smith 2015, CC0): as light as the value is high, for colour-blind eyes too.
-VIRIDIS = ((68, 1, 84), (71, 45, 123), (59, 82, 139), (44, 114, 142), (33, 145, 140), (40, 174, 128), (94, 201, 98))
-VIRIDIS += ((173, 220, 48), (253, 231, 37))
+VIRIDIS = np.frombuffer(
+    bytes.fromhex("440154 472d7b 3b528b 2c728e 21918c 28ae80 5ec962 addc30 fde725"), np.uint8
+).reshape(-1, 3)
 EDGE = (214, 40, 40)
 SALIENT = (255, 176, 0)
 OPACITY = 0.6
@@ -51,15 +52,15 @@ def draw(processor: "VisionProcessor", pixels_HWC: np.ndarray, task: Task, predi
 
 def class_colour(number: int) -> tuple[int, int, int]:
     """RGB of a class: the same in every picture, and far from its neighbours'."""
-    hue = (0.58 + number * 0.61803398875) % 1
-    red, green, blue = colorsys.hsv_to_rgb(hue, (0.85, 0.5)[number // 6 % 2], (0.95, 0.6)[number // 3 % 2])
+    hue = (0.58 + number * 0.455) % 1
+    red, green, blue = colorsys.hsv_to_rgb(hue, (0.9, 0.45)[number // 2 % 2], (0.95, 0.55)[number % 2])
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def viridis(values: np.ndarray) -> np.ndarray:
     """Values in [0, 1], of any shape -> RGB in [0, 255], one axis more; black where NaN."""
     at = np.linspace(0, 1, len(VIRIDIS))
-    colours = np.stack([np.interp(values, at, channel) for channel in np.array(VIRIDIS, np.float64).T], -1)
+    colours = np.stack([np.interp(values, at, channel) for channel in VIRIDIS.T], -1)
     return np.nan_to_num(colours)
 
 
