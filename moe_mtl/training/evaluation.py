@@ -130,7 +130,7 @@ def evaluate_images(
     Raises:
         ValueError: the table is empty or has none of the tasks.
     """
-    known = {task.name for task in table.tasks}
+    known = [task.name for task in table.tasks]
     tasks = [task for task in tasks if task.name in known]
     if not tasks or not len(table):
         raise ValueError(

@@ -100,7 +100,10 @@ def test_evaluation_in_batches_is_that_of_all_pictures_at_once():
         if task.dense:
             metrics = DenseMetrics(task)
             metrics.add(logits[task.name], labels)
-            assert found.metrics[task.name] == pytest.approx(metrics.values(), rel=1e-4)
+            # A last bit that differs with the batch can decide between two neighbours on a ridge.
+            assert found.metrics[task.name] == pytest.approx(
+                metrics.values(), rel=1e-2 if task.kind == "edges" else 1e-5
+            )
     assert found.loss == pytest.approx(sum(task.weight * losses[task.name] for task in TASKS), rel=1e-5)
     assert list(found.metrics) == [task.name for task in TASKS]
     known = batch["labels"]["kind"] >= 0
@@ -183,7 +186,7 @@ def test_augmentation_changes_with_the_epoch_and_with_nothing_else():
 def test_training_lowers_the_losses(make_trainer, options):
     table, model = images(24), model_of()
     before = evaluate_images(model, table, 24, TASKS).task_losses
-    make_trainer(model, table, table, epochs=12, batch_size=8, learning_rate=3e-3, **options).train()
+    make_trainer(model, table, table, epochs=8, batch_size=8, learning_rate=3e-3, **options).train()
     after = evaluate_images(model, table, 24, TASKS).task_losses
     assert sum(after[name] < before[name] for name in before) >= 5, (before, after)
 
@@ -209,7 +212,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(make_trainer, tmp_pa
     early = trainer("early", seed=7)
     assert not equal_weights(whole.model, early.model)
     early.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
-    assert whole.state.global_step == early.state.global_step > 6
+    assert whole.state.global_step == early.state.global_step == 7
     assert equal_weights(whole.model, early.model)
     assert whole.evaluate()["eval_loss"] == early.evaluate()["eval_loss"]
 
