@@ -57,7 +57,7 @@ class StoredRows:
         Raises:
             CheckpointError: the file is gone, or is no longer the one whose header was read.
         """
-        buffer, filled = memoryview(into.numpy()), 0
+        buffer, filled = memoryview(into.numpy()), 0  # type: ignore[arg-type]
         try:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(self.offset + row * self.row_bytes)
