@@ -6,12 +6,14 @@ of a task, `P` width of a task's condition, `H`, `W` height and width in pixels.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import field
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 
 from ..data.vision_processor import VisionProcessor
@@ -22,6 +24,7 @@ from ..outputs import MultiTaskOutput
 from ..tasks import UnknownTaskError, check_task_names
 from ._base import MultiTaskConfig, MultiTaskModel
 from ._tabular import MAX_WIDTH, check_count, check_probability
+from ._upcycle import backbone_config, check_backbone, copy_backbone
 
 MAX_PIXELS = 16_384
 
@@ -160,6 +163,32 @@ class VisionModel(MultiTaskModel):
         self.decoder = self.build_decoder()
         self.heads = nn.ModuleDict({task.name: self.build_head(task) for task in self._parsed_tasks})
         self.post_init()
+
+    @classmethod
+    def from_backbone(cls, name_or_model: str | Path | PreTrainedModel, config: VisionConfig) -> Self:
+        """A model whose patches, positions and blocks are those of a plain vision transformer.
+
+        What has no like in the backbone (gates, attention made of experts, decoders, heads) starts anew. An MLP of
+        experts takes up slices of the dense MLP, see `models/_upcycle.py`; positions are interpolated to the grid; the
+        second token of a DeiT is dropped, and the class token too where the config has none. The config's
+        `layer_norm_eps` stands.
+
+        Args:
+            name_or_model: a ViT, DeiT or DINOv2 of transformers: its name on the Hub, a folder, or the model itself,
+                with or without a head. Of files only safetensors are read.
+            config: of the model to be built.
+
+        Raises:
+            ValueError: a backbone of another type or of other sizes than the config's, before its weights are read.
+        """
+        check_backbone(backbone_config(name_or_model), config)
+        if isinstance(name_or_model, PreTrainedModel):
+            backbone = name_or_model.base_model
+        else:
+            backbone = AutoModel.from_pretrained(name_or_model, use_safetensors=True)
+        model = cls(config).eval()
+        copy_backbone(model, backbone)
+        return model
 
     def build_attention(self, layer: int) -> nn.Module:
         """The attention of a block."""
