@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": "measure a saved model on a split of its data or on a file",
     "predict": "answer rows of a CSV, Parquet or JSON-lines file",
     "extract": "save the smaller model that answers some tasks only",
+    "prune": "extract tasks and leave out the experts that they seldom choose",
     "cost": "count parameters and multiply-adds of each task",
     "cards": "check, build or reproduce the model cards",
     "bench": "measure speed side by side with other libraries",

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
                 raise UsageError("of an adapter expected one task and no --fold")
             told = extract_adapter(folder, arguments.tasks[0], arguments.output, arguments.merge)
         elif arguments.merge:
-            raise UsageError("--merge is for adapters on language models; this model answers rows of a table")
+            raise UsageError("--merge is for adapters on language models; this one is not an adapter")
         else:
             told = extract(folder, arguments.tasks, arguments.output, arguments.fold)
     if arguments.json:
@@ -53,18 +53,24 @@ def run(arguments: argparse.Namespace) -> None:
 
 def extract(model: str | Path, tasks: list[str], output: str | Path, fold: bool = False) -> dict[str, Any]:
     """Writes the folder, whole or not at all, and tells what is in it."""
-    from ..data import TabularProcessor
-    from ..files import staged_folder, write_atomically
-    from ..hub import resolve, write_manifest
+    from ..hub import resolve
     from ..models import AutoModelForMultiTask
-    from ..training.recipe import RecipeError
-    from ..training.saved import RECIPE, recipe_of
 
     folder = resolve(model)
     small = AutoModelForMultiTask.from_pretrained(folder, tasks=tasks)
     if fold:
         small.fold_for_inference()
-    processor = TabularProcessor.from_pretrained(folder).for_tasks(small.tasks)
+    return write_model(small, folder, output)
+
+
+def write_model(small: Any, folder: Path, output: str | Path) -> dict[str, Any]:
+    """Writes a model that was made of the one in `folder`, with what goes along, and tells what is in it."""
+    from ..files import staged_folder, write_atomically
+    from ..hub import write_manifest
+    from ..training.recipe import RecipeError
+    from ..training.saved import RECIPE, recipe_of
+
+    processor = small.processor_class.from_pretrained(folder).for_tasks(small.tasks)
     try:
         recipe = recipe_of(folder).to_yaml()
     except RecipeError:
