@@ -53,7 +53,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 def extract(model: str | Path, tasks: list[str], output: str | Path, fold: bool = False) -> dict[str, Any]:
     """Writes the folder, whole or not at all, and tells what is in it."""
-    from ..data import TabularProcessor
     from ..files import staged_folder, write_atomically
     from ..hub import resolve, write_manifest
     from ..models import AutoModelForMultiTask
@@ -64,7 +63,7 @@ def extract(model: str | Path, tasks: list[str], output: str | Path, fold: bool 
     small = AutoModelForMultiTask.from_pretrained(folder, tasks=tasks)
     if fold:
         small.fold_for_inference()
-    processor = TabularProcessor.from_pretrained(folder).for_tasks(small.tasks)
+    processor = small.processor_class.from_pretrained(folder).for_tasks(small.tasks)
     try:
         recipe = recipe_of(folder).to_yaml()
     except RecipeError:

@@ -199,7 +199,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(make_trainer, tmp_pa
         model = model_of(seed, dropout=0.2, noise_std=1.0)
         table = images(20, augmentation=augmentation)
         fields = {
-            "epochs": 3,
+            "max_steps": 7,
             "batch_size": 8,
             "seed": 3,
             "save_steps": 4,
