@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .data import TabularProcessor
+    from .data import TabularProcessor, VisionProcessor
     from .models import AutoModelForMultiTask
     from .outputs import MultiTaskOutput, Routing
     from .tasks import Task
@@ -18,6 +18,7 @@ _HOME = {
     "Routing": ".outputs",
     "TabularProcessor": ".data",
     "Task": ".tasks",
+    "VisionProcessor": ".data",
     "extract_task": ".tuners",
     "load_adapter": ".tuners",
 }
@@ -28,6 +29,7 @@ __all__ = [
     "Routing",
     "TabularProcessor",
     "Task",
+    "VisionProcessor",
     "extract_task",
     "load_adapter",
 ]

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 WEIGHTS, INDEX, CONFIG, MANIFEST = "model.safetensors", "model.safetensors.index.json", "config.json", "manifest.json"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.md"]  # never code, never pickles
+OF_TOKENIZERS = ("chat_template.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.md", *OF_TOKENIZERS]  # never code, never pickles
 WEIGHT_FILES = (WEIGHTS, "model-*.safetensors", INDEX)
 MAX_HEADER_BYTES = 16 * 2**20  # some 150,000 tensors; the format itself allows 100 MB
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -90,9 +92,9 @@ def resolve(
 ) -> Path:
     """The local folder of a model: an existing folder, else a name of the zoo, else a Hub id `owner/name`.
 
-    Of a Hub repository only the safetensors, JSON and Markdown files in its top folder are downloaded. `revision`,
-    `cache_dir`, `local_files_only` and `token` concern the Hub alone and mean what they mean in
-    `huggingface_hub.snapshot_download`.
+    Of a Hub repository only the safetensors, JSON and Markdown files in its top folder are downloaded, and what
+    tokenisers keep besides: a chat template, `tokenizer.model`, `merges.txt`, `vocab.txt`. `revision`, `cache_dir`,
+    `local_files_only` and `token` concern the Hub alone and mean what they mean in `huggingface_hub.snapshot_download`.
 
     Raises:
         ModelNotFoundError: nothing of that name; the message lists the nearest names of the zoo.
@@ -354,6 +356,14 @@ class Checkpoint:
                 f"expected finite weights, found {bad} NaN or infinite values in {name} of {path.name} in {self.folder}"
             )
         return tensor
+
+    def place(self, name: str) -> tuple[Path, int, os.stat_result]:
+        """The file that holds a tensor, where in it the tensor starts, in bytes, and the state of that file."""
+        path = self._files[name]
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            described = json.loads(file.read(length))[name]  # safetensors has compared it with the file
+            return path, 8 + length + described["data_offsets"][0], os.fstat(file.fileno())
 
     def _weight_map(self) -> dict[str, str] | None:
         """Tensor name -> shard as the index says, each shard's name checked; None for a single file."""

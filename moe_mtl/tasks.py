@@ -184,7 +184,8 @@ class Task:
         counts each picture by its weight.
         """
         total, weight = self.loss_terms(logits, labels, weights_B, mask_B)
-        return total / weight.clamp_min(torch.finfo(weight.dtype).tiny)
+        # Where nothing counts by 1, not by the least number there is: its inverse, times the task's weight, overflows.
+        return total / torch.where(weight > 0, weight, 1)
 
     def loss_terms(
         self, logits: Tensor, labels: Tensor, weights_B: Tensor | None = None, mask_B: Tensor | None = None

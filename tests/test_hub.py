@@ -91,9 +91,12 @@ def test_the_hub_is_asked_for_data_files_only(monkeypatch, tmp_path):
     assert (asked["name"], asked["revision"], asked["token"]) == ("org/name", "v1", "t")
     from huggingface_hub.utils import filter_repo_objects
 
-    listed = ["model.safetensors", "config.json", "README.md", "pytorch_model.bin", "modeling.py", "old/config.json"]
-    kept = filter_repo_objects(listed, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"])
-    assert list(kept) == listed[:3]
+    wanted = ["model.safetensors", "config.json", "README.md"]
+    wanted += ["chat_template.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]  # of language models
+    refused = ["pytorch_model.bin", "modeling.py", "old/config.json", "old/vocab.txt", "tokenizer.py", "notes.txt"]
+    refused += ["other.jinja", "vocab.txt.pkl", "my_merges.txt", "x.model"]
+    patterns = {"allow_patterns": asked["allow_patterns"], "ignore_patterns": asked["ignore_patterns"]}
+    assert list(filter_repo_objects(wanted + refused, **patterns)) == wanted
 
 
 def test_data_folders_of_checkout_and_wheel(monkeypatch, tmp_path):

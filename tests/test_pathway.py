@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moe_mtl.models import REGISTRY, model_class
 from moe_mtl.models._tabular import TabularConfig, TabularModel, TrunkOutput
-from moe_mtl.pathway import Cost, cost, one_row, part_of
+from moe_mtl.pathway import Cost, cost, part_of
 from moe_mtl.tasks import UnknownTaskError
 
 TABULAR = sorted(name for name, model in REGISTRY.items() if issubclass(model, TabularModel))
@@ -173,7 +173,7 @@ def test_every_model_agrees_with_torchs_counter(model_type: str) -> None:
     for names in (None, *([task] for task in model.tasks)):
         path = model if names is None else model.extract_task(names)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            path(**one_row(path))
+            path(**path.example_inputs())
         found = cost(model, names)
         assert counter.get_total_flops() == 2 * found.multiply_adds > 0
         assert found.stored == sum(parameter.numel() for parameter in model.parameters())
@@ -184,7 +184,7 @@ def test_every_model_agrees_with_torchs_counter(model_type: str) -> None:
 
 def test_rows_of_a_batch_share_the_count() -> None:
     model = build("mmoe")
-    batch = {name: tensor.repeat(7, *[1] * (tensor.dim() - 1)) for name, tensor in one_row(model).items()}
+    batch = {name: tensor.repeat(7, *[1] * (tensor.dim() - 1)) for name, tensor in model.example_inputs().items()}
     assert cost(model, "kind", batch) == cost(model, "kind")
 
 
@@ -239,7 +239,14 @@ def test_a_sparse_model_reads_only_what_it_chose() -> None:
         ("trunk.meta.feature_gates.a.mixer.weight", "feature_gates"),
         ("trunk.levels.1", "trunk"),
         ("towers.ctr.output.weight", "towers"),
-        ("backbone.layer", "other"),
+        ("blocks.3.mlp.router.gates.edges", "gates"),
+        ("blocks.3.mlp.router", "gates"),
+        ("blocks.3.mlp.experts.w_up", "experts"),
+        ("blocks.0.attention.experts.w_out", "experts"),
+        ("blocks.2.attention.qkv.weight", "attention"),
+        ("blocks.2.norm1.weight", "blocks"),
+        ("decoder.memory", "decoder"),
+        ("", "other"),
     ],
 )
 def test_parts_are_told_from_names(name: str, part: str) -> None:

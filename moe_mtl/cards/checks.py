@@ -8,9 +8,10 @@ from typing import Any
 from ..files import CheckpointError, ModelNotFoundError, UnsafeFileError, read_json
 from ..hub import ADAPTER, CONFIG, MANIFEST, PICKLES, Checkpoint, file_sha256, read_config, zoo, zoo_folder
 from ..training.saved import RECIPE
-from .curves import CURVES, draw
-from .page import PAGE, PROMPT, RESULTS, ZOO, index_pages, render, replace_block
+from .curves import CURVES
+from .page import PAGE, PROMPT, RESULTS, ZOO, index_pages, pictures, render, replace_block
 from .record import RECORD, family, load_record, this_row
+from .routing import ROUTING
 
 MAX_BYTES = 2_000_000
 FILES = (PAGE, RECORD, RECIPE, MANIFEST)
@@ -93,7 +94,7 @@ def _check_files(folder: Path) -> list[str]:
     known = (*FILES, *shipped_files(folder))
     problems = [f"expected the file {name}, found none" for name in known if name not in names]
     problems += [f"{name}: pickles are never shipped" for name in names if name.endswith(PICKLES)]
-    further = {*known, CURVES}
+    further = {*known, CURVES, ROUTING}
     problems += [f"{name}: no file of a card" for name in names if name not in further and not name.endswith(PICKLES)]
     size = sum(entry.stat().st_size for entry in entries)
     return problems + ([f"expected at most {MAX_BYTES:,} bytes, found {size:,}"] if size > MAX_BYTES else [])
@@ -151,9 +152,9 @@ def _check_page(folder: Path) -> list[str]:
     page = (folder / PAGE).read_text(encoding="utf-8")
     problems = [f"{PAGE}, {found}: a number without a record" for found in decimals_in_prose(page)]
     problems += [f"{PAGE}: prose is missing at {prompt}" for prompt in re.findall(f"{re.escape(PROMPT)}.*", page)]
-    drawing = draw(load_record(folder))
-    if drawing is not None and (not (folder / CURVES).is_file() or (folder / CURVES).read_text("utf-8") != drawing):
-        problems.append(f"{CURVES} is not what {RECORD} gives; run moe-mtl cards build")
+    for name, drawing in pictures(load_record(folder)).items():
+        if not (folder / name).is_file() or (folder / name).read_text("utf-8") != drawing:
+            problems.append(f"{name} is not what {RECORD} gives; run moe-mtl cards build")
     if render(folder, page) != page:
         problems.append(f"{PAGE} is not what {RECORD} gives; run moe-mtl cards build")
     return problems

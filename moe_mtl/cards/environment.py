@@ -8,7 +8,7 @@ from typing import Any
 
 from .record import family
 
-PACKAGES = {"table": ("torch", "transformers", "torchjd")}
+PACKAGES = {"table": ("torch", "transformers", "torchjd"), "vision model": ("torch", "transformers", "scikit-image")}
 OF_TEXT = ("torch", "transformers", "peft")
 _CPU = "CPU core"
 

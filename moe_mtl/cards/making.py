@@ -6,18 +6,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..data import is_text
 from ..files import staged_folder
 from ..hub import Checkpoint, file_sha256, write_manifest, zoo_folder
 from ..training.recipe import load_recipe
 from ..training.saved import RECIPE
-from . import text_variants, variants
+from . import image_variants, text_variants
 from .bootstrap import paired_bootstrap
-from .curves import CURVES, draw
 from .environment import hardware, packages
 from .external import compared, external_rows, kept_rows, write_record
-from .page import PAGE, build_index, prose_of, render
+from .kinds import kind_of
+from .page import PAGE, build_index, pictures, prose_of, render
 from .record import LOWER_IS_BETTER, RECORD, family, load_record, measure, record_problems
+from .routing import measure_routing
 from .variants import Trained, canonical, train
 
 RESAMPLES, CONFIDENCE = 1000, 0.95
@@ -67,7 +67,7 @@ def make(
     from ..training.run import load_data
 
     splits: Any = load_data(own)
-    kind: Any = text_variants if is_text(own.data.name) else variants
+    kind = kind_of(own)
     tasks = kind.measured_tasks(own, splits)
     name = canonical(recipe)
     chosen = kind.variants(name, baseline, data_path, kind.alone(tasks))
@@ -88,13 +88,17 @@ def make(
     ]
     if kind is text_variants and len(rows) > 1:
         text_variants.close(rows[0], rows[1])
+    if kind is image_variants:
+        dense = next(row for row in rows if row["model"] == image_variants.DENSE)
+        both = (best, trained[image_variants.DENSE][shipped].folders["all"])
+        image_variants.close(rows[0], dense, *(image_variants.cost_alone(folder) for folder in both))
     shipped_files = kind.files(best)
     weights = next(one for one in shipped_files if one.endswith(".safetensors"))
     checkpoint = Checkpoint(best, weights=weights)
     command = f"moe-mtl cards make {name}" + (f" --data.path {Path(data_path).name}" if data_path else "")
     record = {
         "name": own.card.name,
-        **({"family": "adapter" if own.model.adapter else "language model"} if kind is text_variants else {}),
+        **_family(kind, own),
         "model_type": chosen[0].model,
         "command": command,
         "recipe": name,
@@ -119,6 +123,10 @@ def make(
     record["packages"] = packages(family(record))
     if curves := _curves(trained):
         record["curves"] = curves
+    if kind is image_variants:
+        folders = [one.folders["all"] for one in trained[chosen[0].model]]
+        if routing := measure_routing(folders, shipped, splits.test, own.train.eval_batch_size):
+            record["routing"] = routing
     earlier = zoo_folder() / own.card.name
     others = external_rows(external, record) if external is not None else []
     if external is None and (earlier / RECORD).exists():
@@ -144,12 +152,19 @@ def write_card(record: dict[str, Any], trained: Path, files: tuple[str, ...]) ->
         resolved.data.path = None
         (folder / RECIPE).write_text(resolved.to_yaml(), encoding="utf-8")
         write_record(folder, record)
-        if (drawing := draw(record)) is not None:
-            (folder / CURVES).write_text(drawing, encoding="utf-8")
+        for picture, drawing in pictures(record).items():
+            (folder / picture).write_text(drawing, encoding="utf-8")
         (folder / PAGE).write_text(render(folder, prose), encoding="utf-8")
         write_manifest(folder)
     build_index()
     return target
+
+
+def _family(kind: Any, own: Any) -> dict[str, str]:
+    """What a record says of its kind of model; of a table nothing."""
+    if kind is text_variants:
+        return {"family": "adapter" if own.model.adapter else "language model"}
+    return {"family": "vision model"} if kind is image_variants else {}
 
 
 def best_seed(validation: list[dict[str, dict[str, float]]]) -> int:

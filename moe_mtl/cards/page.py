@@ -11,8 +11,11 @@ from typing import Any
 
 from ..files import write_atomically
 from ..hub import ADAPTER, read_config, zoo, zoo_folder
-from .curves import CURVES, draw, means
+from . import curves as curve_pictures
+from . import routing as routing_pictures
+from .curves import CURVES, means
 from .record import LOWER_IS_BETTER, SAME_DIGITS, family, load_record, measure, this_row, tolerance
+from .routing import ROUTING
 
 PAGE = "README.md"
 RESULTS = ("<!-- results:begin -->", "<!-- results:end -->")
@@ -28,14 +31,21 @@ _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 _ROLES = {
     "single_task": "single-task (one model per task)",
     "shared_bottom": "shared-bottom",
+    "multi_task_vit": "dense multi-task ViT",
 }
 # Of a family: what the columns of parameters and of multiply-adds count, and how one task is had alone.
 _COUNTED = {
     "table": ("parameters", "multiply-adds per row", "`from_pretrained(..., tasks=[task])`"),
     "language model": ("parameters", "multiply-adds per token", "the same model"),
     "adapter": ("trained parameters", "of them met by a token", "`extract_task(model, task)`"),
+    "vision model": ("parameters", "multiply-adds per image", "`from_pretrained(..., tasks=[task])`"),
 }
-_TEMPLATES = {"table": "TEMPLATE.md", "language model": "TEMPLATE-model.md", "adapter": "TEMPLATE-adapter.md"}
+_TEMPLATES = {
+    "table": "TEMPLATE.md",
+    "language model": "TEMPLATE-model.md",
+    "adapter": "TEMPLATE-adapter.md",
+    "vision model": "TEMPLATE-vision.md",
+}
 
 
 def build_card(folder: str | Path) -> Path:
@@ -48,10 +58,16 @@ def build_card(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     page, record = folder / PAGE, load_record(folder)
-    if (drawing := draw(record)) is not None:
-        write_atomically(folder / CURVES, drawing)
+    for name, drawing in pictures(record).items():
+        write_atomically(folder / name, drawing)
     write_atomically(page, render(folder, prose_of(folder, record)))
     return page
+
+
+def pictures(record: Mapping[str, Any]) -> dict[str, str]:
+    """The pictures of a card, by file name: they follow from the record."""
+    drawn = {CURVES: curve_pictures.draw(record), ROUTING: routing_pictures.draw(record)}
+    return {name: content for name, content in drawn.items() if content is not None}
 
 
 def prose_of(folder: Path, record: Mapping[str, Any]) -> str:
@@ -87,7 +103,8 @@ def front_matter(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     kinds = {task["name"]: task["kind"] for task in config.get("tasks", [])}
-    text = family(record) != "table"
+    text = family(record) in ("language model", "adapter")
+    hub_task = _hub_task_of_images if family(record) == "vision model" else _hub_task
     tags = ["mixture-of-experts", "multi-task-learning", record["model_type"]]
     if text:
         tags = ["lora", "peft", *tags] if family(record) == "adapter" else tags[1:]
@@ -95,7 +112,7 @@ def front_matter(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     data = record["data"]["name"]
     evaluations = [
         EvalResult(
-            task_type=TEXT if text else _hub_task(kinds[task]),
+            task_type=TEXT if text else hub_task(kinds[task]),
             dataset_type=data,
             dataset_name=data,
             dataset_split="test",
@@ -110,7 +127,7 @@ def front_matter(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         model_name=record["name"],
         license=WEIGHTS_LICENCE,
         library_name="moe_mtl",
-        pipeline_tag=TEXT if text else _hub_task(next(iter(kinds.values()))),
+        pipeline_tag=TEXT if text else hub_task(next(iter(kinds.values()))),
         tags=tags,
         eval_results=evaluations,
     )
@@ -124,6 +141,11 @@ def _hub_task(kind: str) -> str:
     return "tabular-regression" if kind == "regression" else "tabular-classification"
 
 
+def _hub_task_of_images(kind: str) -> str:
+    of_maps = {"segmentation": "image-segmentation", "saliency": "image-segmentation", "depth": "depth-estimation"}
+    return of_maps.get(kind, "image-to-image" if kind in ("edges", "normals") else "image-classification")
+
+
 # --- tables ---
 
 
@@ -132,8 +154,12 @@ def results(record: Mapping[str, Any]) -> str:
     parts = [_metrics_table(record)]
     if len(record["rows"]) > 1:
         parts += [_settings(record), _comparison(record), _cost_table(record)]
+    if family(record) == "vision model":
+        parts.insert(1, _delta(record))
     if record.get("curves"):
         parts.append(_curves(record))
+    if record.get("routing"):
+        parts.append(_routing(record))
     if record.get("external"):
         parts.append(_external(record))
     return "\n\n".join([*parts, _provenance(record)])
@@ -277,6 +303,40 @@ def _curves(record: Mapping[str, Any]) -> str:
     same = [row for row in rows if len(row) == len(header)]
     told = "On the validation rows, mean over the tasks and the seeds; the bands show the seeds."
     return f"{told}\n\n![exact match over the steps]({CURVES})\n\n{table(header, same)}"
+
+
+def _delta(record: Mapping[str, Any]) -> str:
+    """The mean relative gain over one model per task, each task by its first metric, seed by seed."""
+    rows = {row["model"]: row for row in record["rows"]}
+    alone, told = rows["single_task"], []
+    for model, row in rows.items():
+        if model == "single_task":
+            continue
+        gains = []
+        for task, metrics in row["metrics"].items():
+            metric, entry = next(iter(metrics.items()))
+            sign, base = -1 if metric in LOWER_IS_BETTER else 1, alone["metrics"][task][metric]["mean"]
+            gains.append([sign * (value - base) / base for value in entry["values"]])
+        entry = measure([sum(of_seed) / len(gains) for of_seed in zip(*gains, strict=True)])
+        told.append(f"{_role(record, model)} {entry['mean']:+.2%} ± {entry['std']:.2%}")
+    return (
+        f"Δm, the mean over the tasks of the relative gain of the first metric over the single-task models' mean: "
+        f"{'; '.join(told)}."
+    )
+
+
+def _routing(record: Mapping[str, Any]) -> str:
+    """How much a choice of expert tells of the task, and the pictures."""
+    rows = []
+    for layer, entry in record["routing"]["layers"].items():
+        found = measure(entry["information"])
+        rows.append([layer, f"{found['mean']:.4f} ± {found['std']:.4f}", f"{entry['at_random']:.4f}"])
+    header = ["layer", "information, nats", "of a random router"]
+    return (
+        "Which task uses which expert, on the test pictures: the mutual information between task and chosen expert, "
+        "mean ± standard deviation over the seeds, and of a router that chooses at random on as many tokens. The "
+        f"picture is of the shipped weights.\n\n{table(header, rows)}\n\n![experts by task, and where]({ROUTING})"
+    )
 
 
 def _external(record: Mapping[str, Any]) -> str:

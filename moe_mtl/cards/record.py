@@ -10,18 +10,19 @@ from ..files import read_json
 from ..training.saved import RECORD
 
 BUDGETS = ("ci", "nightly")
-LOWER_IS_BETTER = {"log_loss", "rmse", "mae"}
+LOWER_IS_BETTER = {"log_loss", "rmse", "mae", "abs_error", "mean_angle"}
 SAME_DIGITS = 1e-4  # what a repetition may be off by where packages and processor are the record's
 
 NUMBER = (int, float)
 MEASURE = {"values": [NUMBER], "mean": NUMBER, "std": NUMBER}
 COST = {"parameters": int, "multiply_adds": int}
 DIFFERENCE = {"mean": NUMBER, "ci_low": NUMBER, "ci_high": NUMBER}
-FAMILIES = ("table", "language model", "adapter")
+FAMILIES = ("table", "language model", "adapter", "vision model")
 BASELINES = {
     "table": ("single_task", "shared_bottom"),
     "language model": (),
     "adapter": ("lora", "lora-active", "lora-each"),
+    "vision model": ("single_task", "multi_task_vit"),
 }
 # Types as leaves; [x] is a list of x, {"*": x} a mapping of any names to x, a key with "?" may be absent.
 SCHEMA: dict[str, Any] = {
@@ -55,6 +56,12 @@ SCHEMA: dict[str, Any] = {
     "budget": BUDGETS,
     # Exact match on the validation rows over the steps, a list per seed.
     "curves?": {"*": {"step": [NUMBER], "exact_match": [[NUMBER]]}},
+    # Of the test pictures, by layer: see `measure_routing`.
+    "routing?": {
+        "layers": {"*": {"shares": {"*": [NUMBER]}, "information": [NUMBER], "at_random": NUMBER}},
+        "pictures": [{"image": str, "experts": {"*": [[int]]}}],
+        "shown": str,
+    },
     # `differences`: the shipped weights minus the tool, on the same resampled rows.
     "external?": [
         {

@@ -7,9 +7,10 @@ from tempfile import TemporaryDirectory
 
 from ..hub import ModelNotFoundError, zoo, zoo_folder
 from ..naming import nearest
-from . import text_variants, variants
+from ..training.recipe import load_recipe
 from .environment import made_as_here
-from .record import BUDGETS, SAME_DIGITS, family, load_record, this_row, tolerance
+from .kinds import kind_of
+from .record import BUDGETS, SAME_DIGITS, load_record, this_row, tolerance
 from .variants import train
 
 
@@ -80,12 +81,12 @@ def _repeat(folder: Path, budget: str, data_path: str | None, progress: bool) ->
     record = load_record(folder)
     rows = {row["model"]: row for row in record["rows"]}
     seeds = [record["shipped_seed"]] if budget == "ci" else record["seeds"]
-    text = family(record) != "table"
-    baseline = None if text else rows["shared_bottom"]["recipe"]
+    baseline = next((rows[name]["recipe"] for name in ("shared_bottom", "multi_task_vit") if name in rows), None)
+    kind = kind_of(load_recipe(record["recipe"]))
     tasks = list((rows["lora-each"] if "lora-each" in rows else rows.get("single_task", this_row(record)))["metrics"])
     same = made_as_here(record)
     with TemporaryDirectory() as runs:
-        for variant in (text_variants if text else variants).variants(record["recipe"], baseline, data_path, tasks):
+        for variant in kind.variants(record["recipe"], baseline, data_path, tasks):
             if budget == "ci" and variant.role != "this":
                 continue
             for seed in seeds:

@@ -1,6 +1,6 @@
 """The models a card compares, trained one seed at a time: the card's own, the shared bottom, and one model per task.
 
-`text_variants` has the same functions for text.
+`text_variants` has the same functions for text, `image_variants` for pictures; `kinds` says which are a recipe's.
 """
 
 import dataclasses
@@ -92,28 +92,33 @@ def alone(tasks: "list[Task]") -> list[str]:
     return [task.name for task in tasks if task.product_of is None]
 
 
-def variants(recipe: str | Path, baseline: str | Path | None, data_path: str | None, tasks: list[str]) -> list[Variant]:
+def variants(
+    recipe: str | Path,
+    baseline: str | Path | None,
+    data_path: str | None,
+    tasks: list[str],
+    dense: str = "shared_bottom",
+) -> list[Variant]:
     """A card's model and its two baselines; the baselines must have the same training budget.
 
     Args:
         recipe: of the card's model.
-        baseline: of a shared bottom on the same data, by default `shared_bottom` beside the recipe; with one task at a
-            time it is the single-task baseline.
+        baseline: of a `dense` model on the same data, by default the recipe of that name beside the other; with one
+            task at a time it is the single-task baseline.
         data_path: where the rows are, for data sets that are read from a path.
         tasks: that get a single-task model.
+        dense: model type of the baseline.
 
     Raises:
-        RecipeError: the baseline is no shared bottom, or has other data or another budget.
+        RecipeError: the baseline is of another type, or has other data or another budget.
     """
     overrides = [] if data_path is None else [("data.path", data_path)]
-    baseline = baseline or f"{canonical(recipe).rpartition('/')[0]}/shared_bottom"
+    baseline = baseline or f"{canonical(recipe).rpartition('/')[0]}/{dense}"
     own, shared = load_recipe(recipe, overrides), load_recipe(baseline, overrides)
-    if shared.model.type != "shared_bottom":
-        raise RecipeError(
-            f"{baseline}: expected a recipe of a shared_bottom, found {shared.model.type or 'model.from'!r}"
-        )
-    if own.model.type in (None, "shared_bottom"):
-        raise RecipeError(f"{recipe}: expected a new model that is no shared_bottom, found {own.model.type!r}")
+    if shared.model.type != dense:
+        raise RecipeError(f"{baseline}: expected a recipe of a {dense}, found {shared.model.type or 'model.from'!r}")
+    if own.model.type in (None, dense):
+        raise RecipeError(f"{recipe}: expected a new model that is no {dense}, found {own.model.type!r}")
     if own.data != shared.data or own.model.tasks != shared.model.tasks:
         raise RecipeError(f"{baseline}: expected the data and tasks of {recipe}")
     for key in ("epochs", "max_steps", "batch_size", "early_stopping"):
@@ -124,7 +129,7 @@ def variants(recipe: str | Path, baseline: str | Path | None, data_path: str | N
     return [
         Variant(own.model.type, "this", names[0], own, {"all": own}),
         Variant("single_task", "baseline", names[1], shared, each),
-        Variant("shared_bottom", "baseline", names[1], shared, {"all": shared}),
+        Variant(dense, "baseline", names[1], shared, {"all": shared}),
     ]
 
 
@@ -168,12 +173,12 @@ def run_recipe(recipe: Recipe, folder: Path, seed: int, progress: bool) -> None:
 # --- what a trained folder says on the test rows ---
 
 
-def load_trained(folder: Path) -> "tuple[MultiTaskModel, TabularProcessor]":
+def load_trained(folder: Path) -> "tuple[MultiTaskModel, Any]":
     """A run's model and processor."""
-    from ..data.processor import TabularProcessor
     from ..models import AutoModelForMultiTask
 
-    return AutoModelForMultiTask.from_pretrained(folder), TabularProcessor.from_pretrained(folder)
+    model = AutoModelForMultiTask.from_pretrained(folder)
+    return model, model.processor_class.from_pretrained(folder)
 
 
 def cost(model: "MultiTaskModel", task: str | None = None) -> dict[str, int]:

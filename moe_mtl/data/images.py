@@ -180,6 +180,10 @@ class TensorImages(ImageTable):
         return table
 
 
+def _always(name: str) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class LabelFiles:
     """Label maps of one task in files.
@@ -187,11 +191,11 @@ class LabelFiles:
     Attributes:
         read: name of a picture -> its map at the picture's own size, `[H, W]` or, of normals, `[3, H, W]`; what is
             missing is NaN or -100.
-        present: name of a picture -> whether it has a label, without reading a map.
+        present: name of a picture -> whether it has a label, without reading a map; by default all have.
     """
 
     read: Callable[[str], np.ndarray]
-    present: Callable[[str], bool]
+    present: Callable[[str], bool] = _always
 
 
 class FileImages(ImageTable):

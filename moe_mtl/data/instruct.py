@@ -168,14 +168,14 @@ def _example(content: dict[str, Any], chat: bool, where: str) -> Example:
         raise DataError(f"{where}: expected prompt and completion, or messages, found {', '.join(content)}")
     if "messages" in content:
         messages = _messages(content["messages"], where)
-        return Example(task, messages[:-1], messages[-1:])
+        return Example(task, messages[:-1], messages[-1:], where)
     for key in ("prompt", "completion"):
         if not isinstance(content.get(key), str) or not content[key]:
             raise DataError(f"{where}: {key}: expected a text, found {content.get(key)!r:.80}")
     if chat:
         user, assistant = {"role": "user", "content": content["prompt"]}, {"role": "assistant"}
-        return Example(task, [user], [assistant | {"content": content["completion"]}])
-    return Example(task, content["prompt"], content["completion"])
+        return Example(task, [user], [assistant | {"content": content["completion"]}], where)
+    return Example(task, content["prompt"], content["completion"], where)
 
 
 def _messages(messages: Any, where: str, answered: bool = True) -> Messages:

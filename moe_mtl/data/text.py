@@ -21,11 +21,16 @@ Messages = list[dict[str, str]]
 
 
 class Example(NamedTuple):
-    """One sample: a task's name, what is asked, and the answer."""
+    """One sample: a task's name, what is asked, the answer, and file and line where the data set knows them."""
 
     task: str
     prompt: str | Messages
     completion: str | Messages
+    where: str | None = None
+
+    def error(self, message: str, row: int) -> DataError:
+        """A refusal that says which example it is about: by file and line, or else by its row."""
+        return DataError(message, row=row) if self.where is None else DataError(f"{self.where}: {message}")
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,8 @@ def encode(
             refused in any case.
 
     Raises:
-        DataError: an example that is too long, or messages for a tokeniser without a chat template; with its number.
+        DataError: an example that is too long, or messages for a tokeniser without a chat template; with its file and
+            line, or else its number.
     """
     if tokenizer.eos_token_id is None:
         raise DataError("tokenizer: expected an end-of-sequence token, found none")
@@ -160,7 +166,7 @@ def encode(
         if max_length is not None and len(whole) > max_length:
             if not truncate or len(prompt) >= max_length:
                 found = f"{len(whole)} tokens, {len(prompt)} of them prompt"
-                raise DataError(f"expected at most {max_length} tokens (max_length), found {found}", row=row)
+                raise examples[row].error(f"expected at most {max_length} tokens (max_length), found {found}", row)
             del whole[max_length:]
     numbers = {task: number for number, task in enumerate(tasks)}
     return TokenTable(wholes, [len(p) for p in prompts], [numbers[example.task] for example in examples], tasks)
@@ -185,14 +191,14 @@ def _tokens(examples: Sequence[Example], tokenizer: Any) -> tuple[list[list[int]
         if isinstance(example.prompt, str) or isinstance(example.completion, str):
             continue
         if tokenizer.chat_template is None:
-            raise DataError("expected a tokenizer with a chat template for messages, found one without", row=row)
+            raise example.error("expected a tokenizer with a chat template for messages, found one without", row)
         prompt = _conversation(example.prompt, tokenizer, True)
         whole = _conversation([*example.prompt, *example.completion], tokenizer, False)
         if whole[: len(prompt)] != prompt:
-            raise DataError(
+            raise example.error(
                 "expected a chat template under which a conversation begins with its prompt, found one that changes "
                 "earlier messages when an answer is added",
-                row=row,
+                row,
             )
         prompts[row], wholes[row] = prompt, whole
     return prompts, wholes

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 
 def cv_squared(x_E: Tensor) -> Tensor:
@@ -103,6 +104,8 @@ class TaskExpertStatistics(nn.Module):
     gradient, as training on one task per batch needs (Chen et al., "An Efficient General-Purpose Modular Vision Model
     via Multi-Task Heterogeneous Training", 2023).
 
+    The running means move in `update`, once per step: gradient checkpointing runs `forward` twice.
+
     Args:
         tasks: names.
         num_experts: `E`.
@@ -112,22 +115,29 @@ class TaskExpertStatistics(nn.Module):
     def __init__(self, tasks: Sequence[str], num_experts: int, decay: float = 0.95):
         super().__init__()
         self.decay = decay
+        self.latest: dict[str, Tensor] = {}
         self.seen = BufferDict({task: torch.zeros(num_experts) for task in tasks})
 
     def forward(self, probabilities: dict[str, Tensor]) -> Tensor:
-        """Loss of one step, from the probabilities `[N, E]` of the tasks it has. Updates the running means."""
+        """Loss of one step, from the probabilities `[N, E]` of the tasks it has."""
         rows = {task: p_NE.mean(0) / p_NE.mean(0).sum() for task, p_NE in probabilities.items()}
+        self.latest = {task: row_E.detach() for task, row_E in rows.items()}
         told = []
         for task in self.seen:
-            mean_E = self.seen[task]
             if task in rows:
                 told.append(rows[task])
-                with torch.no_grad():
-                    old_E = torch.where(mean_E.sum() > 0, mean_E, rows[task].detach().to(mean_E.dtype))
-                    mean_E.copy_(old_E.lerp(rows[task].detach().to(mean_E.dtype), 1 - self.decay))
-            elif bool(mean_E.sum() > 0):  # a task that was never seen has no experts yet
-                told.append(mean_E.to(next(iter(rows.values())).dtype))
+            elif bool(self.seen[task].sum() > 0):  # a task that was never seen has no experts yet
+                told.append(self.seen[task].to(next(iter(rows.values())).dtype))
         return -mutual_information(torch.stack(told) / len(told))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Moves the running means of the tasks that the last forward had; the first time to what it had."""
+        for task, row_E in self.latest.items():
+            mean_E = self.seen[task]
+            row_E = row_E.to(mean_E.dtype)
+            mean_E.copy_(torch.where(mean_E.sum() > 0, mean_E, row_E).lerp(row_E, 1 - self.decay))
+        self.latest = {}
 
 
 class BufferDict(nn.Module):
@@ -137,6 +147,10 @@ class BufferDict(nn.Module):
         super().__init__()
         for name, value in buffers.items():
             self.register_buffer(name, value)
+
+    def initialise(self, std: float) -> None:
+        for buffer in self.buffers():
+            init.zeros_(buffer)
 
     def __getitem__(self, name: str) -> Any:
         return self._buffers[name]

@@ -52,8 +52,8 @@ class UpHead(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """`[B, L, D]`, patches last -> `[B, C, H, W]`."""
-        patches = self.norm(x_BLD[:, x_BLD.shape[1] - self.grid[0] * self.grid[1] :])
-        maps = patches.transpose(1, 2).unflatten(2, self.grid)
+        maps = self.norm(x_BLD[:, x_BLD.shape[1] - self.grid[0] * self.grid[1] :])
+        maps = patch_map(maps, self.grid)
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             maps = F.relu(norm(conv(maps)), inplace=True)
             if i + 1 < len(self.convs):
@@ -81,6 +81,16 @@ class ClassHead(nn.Module):
         """`[B, L, D]` -> `[B, C]`."""
         pooled_BD = x_BLD[:, 0] if self.cls_token else x_BLD.mean(1)
         return self.out(self.norm(pooled_BD))
+
+
+def patch_map(x_BLD: Tensor, grid: Sequence[int]) -> Tensor:
+    """Tokens `[B, L, D]`, patches last, as a map of the patches `[B, D, rows, columns]`."""
+    return x_BLD[:, x_BLD.shape[1] - grid[0] * grid[1] :].transpose(1, 2).unflatten(2, tuple(grid))
+
+
+def map_tokens(maps_BDHW: Tensor) -> Tensor:
+    """A map of the patches as tokens `[B, L, D]`."""
+    return maps_BDHW.flatten(2).transpose(1, 2)
 
 
 def _resized(maps: Tensor, size: Any) -> Tensor:

@@ -19,6 +19,8 @@ from .balance import TaskExpertStatistics, importance, load, load_balance, smoot
 from .vit import Computed
 
 GATES = ("multi_gate", "task_conditioned")
+# Of more chosen experts the highest are found by sorting.
+MOST_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,7 @@ class TaskRouter(nn.Module):
 
     def _chosen(self, probabilities_TNE: Tensor) -> tuple[Tensor, Tensor]:
         stored_TNE = probabilities_TNE if self.kept is None else probabilities_TNE[..., self.kept]
-        # A stable sort, not topk: which of equal probabilities topk takes depends on the device.
-        order = stored_TNE.detach().sort(dim=-1, descending=True, stable=True).indices
-        indices_TNK = order[..., : self.num_selected]
+        indices_TNK = highest(stored_TNE.detach(), self.num_selected)
         return indices_TNK, stored_TNE.gather(-1, indices_TNK)
 
     def _losses(
@@ -175,6 +175,21 @@ class TaskRouter(nn.Module):
                 init.zeros_(gate)
             else:
                 init.kaiming_uniform_(gate, a=math.sqrt(5))
+
+
+def highest(probabilities_NE: Tensor, num_selected: int) -> Tensor:
+    """The numbers of the `K` highest, in descending order, of equals the lower number first: `[..., N, K]`.
+
+    Not topk: which of equal ones it takes depends on the device. Of many experts to sort them all takes far longer than
+    to look for the highest a few times.
+    """
+    if num_selected > MOST_ROUNDS:
+        return probabilities_NE.sort(dim=-1, descending=True, stable=True).indices[..., :num_selected]
+    found = [probabilities_NE.max(-1, keepdim=True).indices]  # the first of equals, as its documentation promises
+    while len(found) < num_selected:
+        probabilities_NE = probabilities_NE.scatter(-1, found[-1], -1.0)
+        found.append(probabilities_NE.max(-1, keepdim=True).indices)
+    return torch.cat(found, -1)
 
 
 class SparseExperts(nn.Module):
@@ -275,3 +290,24 @@ class TaskConditions(nn.Module):
     def initialise(self, std: float) -> None:
         for embedding in self.embeddings.values():
             init.normal_(embedding, std=1.0)
+
+
+class TaskEmbeddings(nn.Module):
+    """`e_t`: one vector per task, which Mod-Squad adds to the tokens before every block.
+
+    Args:
+        tasks: names.
+        dim: `D`.
+    """
+
+    def __init__(self, tasks: Sequence[str], dim: int):
+        super().__init__()
+        self.embeddings = nn.ParameterDict({task: torch.empty(dim) for task in tasks})
+
+    def forward(self, tasks: Sequence[str]) -> Tensor:
+        """`[T, D]`."""
+        return torch.stack([self.embeddings[task] for task in tasks])
+
+    def initialise(self, std: float) -> None:
+        for embedding in self.embeddings.values():
+            init.trunc_normal_(embedding, std=std)

@@ -72,7 +72,10 @@ class PatchEmbedding(nn.Module):
             raise ValueError(f"pixel_values: expected floats of shape {expected}, found {found}")
         if pixels_BCHW.dim() != 4 or pixels_BCHW.shape[1:] != (self.num_channels, *self.image_size):
             raise ValueError(f"pixel_values: expected shape {expected}, found {list(pixels_BCHW.shape)}")
-        if not torch.compiler.is_compiling() and not bool(pixels_BCHW.isfinite().all()):
+        if not len(pixels_BCHW):
+            raise ValueError("pixel_values: expected at least one image, found an empty batch")
+        has_values = not torch.compiler.is_compiling() and not pixels_BCHW.is_meta
+        if has_values and not bool(pixels_BCHW.isfinite().all()):
             raise ValueError("pixel_values: expected finite numbers, found NaN or infinity")
 
 

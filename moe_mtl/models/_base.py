@@ -3,8 +3,7 @@
 import copy
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -12,13 +11,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
 from .. import hub
 from ..data.saved import SavedProcessor
 from ..files import CheckpointError, replaced_files
 from ..naming import nearest
 from ..tasks import SHARED, Task, check_task_names, parse_tasks
+from ._loading import load_offloaded, no_progress_bar, refuse_offloaded
 
 REGISTRY: dict[str, type["MultiTaskModel"]] = {}
 
@@ -113,6 +112,10 @@ class MultiTaskModel(PreTrainedModel):
     def tasks(self) -> list[str]:
         return self.config.task_names
 
+    def example_inputs(self) -> dict[str, Tensor]:
+        """One row of zeros, as the model takes it, on its device."""
+        raise NotImplementedError(f"{type(self).__name__} must say what a row looks like")
+
     def rows_kept(self, config: MultiTaskConfig, name: str) -> list[int] | None:
         """Which rows of this model's tensor `name` the model of `config` keeps: None for all."""
         return None
@@ -127,12 +130,19 @@ class MultiTaskModel(PreTrainedModel):
             UnknownTaskError: a task that the model does not have.
         """
         names = check_task_names(tasks, self.tasks)
-        state = self.state_dict()
-        config = self.config.for_tasks(names, state.__getitem__)
+        values = None if self.device.type == "meta" else self.state_dict().__getitem__
+        return self.reduced(self.config.for_tasks(names, values))
+
+    def reduced(self, config: MultiTaskConfig) -> Self:
+        """A smaller model, as `extract_task` makes it, of those tensors and rows of this one that `config` tells of."""
+        refuse_offloaded(self, "extract_task")
         with torch.device("meta"):
             small = type(self)(config)
-        kept = {name: _rows(state[name], self.rows_kept(config, name)).detach().clone() for name in small.state_dict()}
         dtype = next(self.parameters()).dtype
+        if self.device.type == "meta":  # nothing to copy
+            return small.to(dtype).eval()  # type: ignore[arg-type]  # as below
+        state = self.state_dict()
+        kept = {name: _rows(state[name], self.rows_kept(config, name)).detach().clone() for name in small.state_dict()}
         small = type(self).from_pretrained(None, config=config, state_dict=kept, dtype=dtype)
         small.to(self.device)  # type: ignore[arg-type]  # the library wraps it in a way that loses its types
         return small
@@ -166,6 +176,7 @@ class MultiTaskModel(PreTrainedModel):
         pretrained_model_name_or_path: str | Path | None,
         *model_args: Any,
         tasks: str | Sequence[str] | None = None,
+        offload_experts: bool = False,
         config: MultiTaskConfig | None = None,
         state_dict: Mapping[str, Tensor] | None = None,
         revision: str | None = None,
@@ -184,6 +195,8 @@ class MultiTaskModel(PreTrainedModel):
             pretrained_model_name_or_path: folder, zoo name, or Hub id `owner/name`; None with `config` and
                 `state_dict`.
             tasks: read and build only what these tasks need.
+            offload_experts: leave the sparse experts on disk; at most two of them are in memory, on a GPU as on a CPU.
+                For evaluation alone; the files must stay as they are. Of the other options only dtype may go with it.
             config: instead of the folder's.
             state_dict: instead of the folder's weights; held to the same checks. An empty one starts the model anew.
             ignore_mismatched_sizes: initialise anew what is missing or of another shape, as transformers does, and
@@ -198,6 +211,8 @@ class MultiTaskModel(PreTrainedModel):
         for key in ("subfolder", "variant"):
             if kwargs.pop(key, None):
                 raise ValueError(f"{key}: a model here is one folder; give its path")
+        if offload_experts and (state_dict is not None or ignore_mismatched_sizes or model_args):
+            raise ValueError("offload_experts: expected the weights of a folder as they are, found others to be loaded")
         if tasks is not None and (state_dict is not None or ignore_mismatched_sizes):
             other = "state_dict" if state_dict is not None else "ignore_mismatched_sizes"
             raise ValueError(f"tasks: cannot go with {other}; load the whole model, then use extract_task")
@@ -233,8 +248,10 @@ class MultiTaskModel(PreTrainedModel):
         if tasks is not None:
             config = config.for_tasks(check_task_names(tasks, config.task_names), checkpoint.read)
             names = cls._on_meta(config).state_dict()
+        if offload_experts:
+            return _from(origin, load_offloaded(full, config, checkpoint, kwargs))
         state = {name: checkpoint.read(name, full.rows_kept(config, name)) for name in names}
-        with _no_progress_bar():
+        with no_progress_bar():
             model = super().from_pretrained(None, *model_args, config=config, state_dict=state, **kwargs)
         return _from(origin, model)
 
@@ -255,7 +272,7 @@ class MultiTaskModel(PreTrainedModel):
         for name, tensor in state_dict.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise CheckpointError(f"expected finite weights, found NaN or infinite values in {name}")
-        with _no_progress_bar():
+        with no_progress_bar():
             model = super().from_pretrained(
                 None,
                 *model_args,
@@ -276,9 +293,10 @@ class MultiTaskModel(PreTrainedModel):
             FileExistsError: the path is a file.
             OSError: the disk is full; what stood in the folder is as it was.
         """
+        refuse_offloaded(self, "save_pretrained")
         folder = Path(save_directory)
         repo_id = kwargs.pop("repo_id", folder.name)
-        with replaced_files(folder, hub.WEIGHT_FILES) as staging, _no_progress_bar():
+        with replaced_files(folder, hub.WEIGHT_FILES) as staging, no_progress_bar():
             super().save_pretrained(staging, *args, **kwargs)
             for path in staging.glob("*.safetensors"):  # safetensors leaves its files private to the user
                 shutil.copymode(staging / hub.CONFIG, path)
@@ -348,18 +366,6 @@ class MultiTaskModel(PreTrainedModel):
     def fold_for_inference(self) -> Self:
         """Absorbs what is constant after training (batch norms) into the weights, in place; returns the model."""
         return self
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """The tensors are in memory: a bar would only flicker."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _from(origin: str, model: Any) -> Any:

@@ -3,6 +3,7 @@
 Shapes: `B` rows, `D` width of the encoded row, `T` tasks, `H` width of what a tower reads, `C` outputs of a task.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -200,6 +201,19 @@ class TabularModel(MultiTaskModel):
 
     def build_trunk(self, input_dim: int) -> nn.Module:
         raise NotImplementedError(f"{type(self).__name__} must build its trunk")
+
+    def example_inputs(self) -> dict[str, Tensor]:
+        """A row of zeros, of the kinds and widths that the config's features declare; lists are full."""
+        kinds = Counter(feature["kind"] for feature in self.config.features)
+        lengths = [f["max_length"] for f in self.config.features if f["kind"] in ("multi_hot", "sequence")]
+        row = {}
+        if kinds["numeric"]:
+            row["numeric"] = torch.zeros(1, kinds["numeric"], device=self.device)
+        if kinds["categorical"]:
+            row["categorical"] = torch.zeros(1, kinds["categorical"], dtype=torch.int64, device=self.device)
+        if lengths:
+            row["sequences"] = torch.zeros(1, len(lengths), max(lengths), dtype=torch.int64, device=self.device)
+        return row
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Embedding):

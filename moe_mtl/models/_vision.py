@@ -6,21 +6,25 @@ of a task, `P` width of a task's condition, `H`, `W` height and width in pixels.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import field
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 
 from ..data.vision_processor import VisionProcessor
+from ..layers.balance import TaskExpertStatistics
 from ..layers.heads import ClassHead, UpHead
 from ..layers.vit import MLP, Block, Computed, PatchEmbedding, SelfAttention
 from ..outputs import MultiTaskOutput
 from ..tasks import UnknownTaskError, check_task_names
 from ._base import MultiTaskConfig, MultiTaskModel
 from ._tabular import MAX_WIDTH, check_count, check_probability
+from ._upcycle import backbone_config, check_backbone, copy_backbone
 
 MAX_PIXELS = 16_384
 
@@ -110,13 +114,23 @@ class VisionConfig(MultiTaskConfig):
         """Rows and columns of patches."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
+    def levels(self, count: int) -> list[int]:
+        """After how many blocks a decoder of `count` levels reads the tokens: in equal steps, the last after all."""
+        return [(i + 1) * self.num_hidden_layers // count for i in range(count)]
+
+
+def block_of(name: str) -> str | None:
+    """The number of the block that a parameter or layer is in, as keys of `experts_kept` have it; None for others."""
+    start, _, rest = name.partition(".")
+    return rest.partition(".")[0] if start == "blocks" else None
+
 
 class VisionModel(MultiTaskModel):
     """Patches, blocks, heads.
 
     A subclass gives `build_attention(i)` and `build_mlp(i)`, the two parts of block `i`; dense unless it says
-    otherwise. Tokens are the same for all tasks until the first part that depends on the task: what stands before it is
-    computed once, however many tasks are asked for.
+    otherwise; or `build_decoder()`, what stands between blocks and heads. Tokens are the same for all tasks until the
+    first part that depends on the task: what stands before it is computed once, however many tasks are asked for.
     """
 
     config: VisionConfig
@@ -146,8 +160,35 @@ class VisionModel(MultiTaskModel):
             for i in range(config.num_hidden_layers)
         )
         self.conditions = self.build_conditions()
+        self.decoder = self.build_decoder()
         self.heads = nn.ModuleDict({task.name: self.build_head(task) for task in self._parsed_tasks})
         self.post_init()
+
+    @classmethod
+    def from_backbone(cls, name_or_model: str | Path | PreTrainedModel, config: VisionConfig) -> Self:
+        """A model whose patches, positions and blocks are those of a plain vision transformer.
+
+        What has no like in the backbone (gates, attention made of experts, decoders, heads) starts anew. An MLP of
+        experts takes up slices of the dense MLP, see `models/_upcycle.py`; positions are interpolated to the grid; the
+        second token of a DeiT is dropped, and the class token too where the config has none. The config's
+        `layer_norm_eps` stands.
+
+        Args:
+            name_or_model: a ViT, DeiT or DINOv2 of transformers: its name on the Hub, a folder, or the model itself,
+                with or without a head. Of files only safetensors are read.
+            config: of the model to be built.
+
+        Raises:
+            ValueError: a backbone of another type or of other sizes than the config's, before its weights are read.
+        """
+        check_backbone(backbone_config(name_or_model), config)
+        if isinstance(name_or_model, PreTrainedModel):
+            backbone = name_or_model.base_model
+        else:
+            backbone = AutoModel.from_pretrained(name_or_model, use_safetensors=True)
+        model = cls(config).eval()
+        copy_backbone(model, backbone)
+        return model
 
     def build_attention(self, layer: int) -> nn.Module:
         """The attention of a block."""
@@ -160,14 +201,39 @@ class VisionModel(MultiTaskModel):
     def build_head(self, task: Any) -> nn.Module:
         """What answers a task: a map for dense tasks, else one answer per image."""
         c = self.config
+        width = c.hidden_size if self.decoder is None else c.decoder_dim
         if task.dense:
             sizes = (c.decoder_dim, c.decoder_stages, task.num_outputs)
-            return UpHead(c.hidden_size, *sizes, c.grid, c.image_size, c.layer_norm_eps)
-        return ClassHead(c.hidden_size, task.num_outputs, c.cls_token, c.layer_norm_eps)
+            return UpHead(width, *sizes, c.grid, c.image_size, c.layer_norm_eps)
+        return ClassHead(width, task.num_outputs, c.cls_token and self.decoder is None, c.layer_norm_eps)
+
+    def build_decoder(self) -> nn.Module | None:
+        """What makes of the tokens after each block those that the heads read; none by default.
+
+        Its forward takes the tokens `[1 or T, B, L, D]` before and after each block, the tasks and whether to record;
+        it gives a `Computed` of patches alone, `[T, B, L, decoder_dim]`.
+        """
+        return None
 
     def build_conditions(self) -> nn.Module | None:
         """A module that makes of the tasks' names what they tell every layer, `[T, P]`; none by default."""
         return None
+
+    def example_inputs(self) -> dict[str, Tensor]:
+        """A grey image."""
+        return {"pixel_values": torch.zeros(1, self.config.num_channels, *self.config.image_size, device=self.device)}
+
+    def rows_kept(self, config: MultiTaskConfig, name: str) -> list[int] | None:
+        """Of stacked experts those that `config.experts_kept` has, found among those that this model has."""
+        block = block_of(name)
+        if block is None or ".experts." not in name:
+            return None
+        kept, stored = ((getattr(c, "experts_kept", None) or {}).get(block) for c in (config, self.config))
+        if kept is None or kept == stored:
+            return None
+        if missing := [expert for expert in kept if stored is not None and expert not in stored]:
+            raise ValueError(f"experts_kept: expected some of {stored} for block {block}, found {missing}")
+        return kept if stored is None else [stored.index(expert) for expert in kept]
 
     def enter(self, layer: int, x_TBLD: Tensor, tasks: Sequence[str]) -> Tensor:
         """What is done to the tokens before a block; nothing, unless the architecture says so."""
@@ -239,9 +305,17 @@ class VisionModel(MultiTaskModel):
             auxiliary += found.auxiliary
             routing += found.routing
             hidden.append(x_TBLD)
-        logits, decoded = self.decode(x_TBLD.expand(len(wanted), -1, -1, -1), hidden, wanted, output_routing)
+        if self.decoder is None:
+            decoded = Computed(x_TBLD.expand(len(wanted), -1, -1, -1))
+        else:
+            decoded = self.decoder(hidden, wanted, output_routing)
+        logits = {task: self.heads[task](x_BLD) for task, x_BLD in zip(wanted, decoded.hidden, strict=True)}
         auxiliary += decoded.auxiliary
         routing += decoded.routing
+        if self.training:
+            for module in self.modules():
+                if isinstance(module, TaskExpertStatistics):
+                    module.update()
 
         auxiliary_loss = torch.stack([a.float() for a in auxiliary]).sum() if auxiliary else None
         loss, losses = None, None
@@ -270,13 +344,3 @@ class VisionModel(MultiTaskModel):
         if self.gradient_checkpointing and self.training:
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
-
-    def decode(
-        self, x_TBLD: Tensor, hidden: Sequence[Tensor], tasks: Sequence[str], record: bool
-    ) -> tuple[dict[str, Tensor], Computed]:
-        """Logits by task from the last tokens; `hidden` are those before each block, and the last.
-
-        An architecture with experts in its decoder overrides this.
-        """
-        logits = {task: self.heads[task](x_BLD) for task, x_BLD in zip(tasks, x_TBLD, strict=True)}
-        return logits, Computed(x_TBLD)

@@ -11,6 +11,7 @@ first layer (`2 H` where gate and up lie in one tensor, else `H`), `H` hidden wi
 """
 
 import importlib.util
+import math
 from types import ModuleType
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 from . import grouped
 from .activations import ACTIVATIONS, GATED, Activation, activate
@@ -84,7 +86,7 @@ def expert_mlp(
         return _loop(x_ND, w, indices_NK, weights_NK, activation)
     keep = torch.is_grad_enabled() and not recompute
     keep = keep and any(t is not None and t.requires_grad for t in (x_ND, weights_NK, *_tensors(w)))
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not x_ND.is_meta:
         plan = make_plan(indices_NK, len(w_up_EPD), backend)
         return _ExpertMLP.apply(x_ND, weights_NK, *_tensors(w), plan, activation, backend, keep)
     if not isinstance(activation, str):
@@ -115,6 +117,8 @@ def choose_backend(backend: Backend | None, fallback: bool, x_ND: Tensor) -> Bac
         backend, fallback = default_backend(x_ND.device), True
     if backend not in ("torch", "grouped", "triton"):
         raise ValueError(f"backend: expected torch, grouped or triton, found {backend!r}")
+    if x_ND.is_meta:  # where no choice can be read, but an operator can say what shape it returns
+        return "grouped"
     if backend != "triton":
         return backend
     reason = why_not_triton(x_ND)
@@ -138,7 +142,7 @@ def why_not_triton(x: Tensor) -> str | None:
 
 def under_autocast(x: Tensor, *others: Any) -> tuple[Any, ...]:
     """What autocast makes of the arguments of a product; None stays None."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return x, *others
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(None if t is None else t.to(dtype) for t in (x, *others))
@@ -258,6 +262,13 @@ def _(x_ND, weights_NK, w_up_EPD, w_down_EOH, w_gate_EHD, *rest):  # type: ignor
         torch.empty_like(order_S),
         order_S.new_empty(w_up_EPD.shape[0] + 1),
     )
+
+
+@register_flop_formula(torch.ops.moe_mtl.expert_mlp)
+def _operations(x_ND, weights_NK, w_up_EPD, w_down_EOH, w_gate_EHD, *_, **__):  # type: ignore[no-untyped-def]
+    """Two to a multiply-add, from shapes: every copy through its expert's matrices. Torch's counters ask for it."""
+    each = sum(math.prod(shape[1:]) for shape in (w_up_EPD, w_down_EOH, w_gate_EHD) if shape is not None)
+    return 2 * math.prod(weights_NK) * each
 
 
 @torch.library.custom_op("moe_mtl::expert_mlp_backward", mutates_args=())

@@ -11,11 +11,13 @@ Shapes: `N` tokens, `D` width, `E` experts, `K` experts chosen per token, `S = N
 width, `H` width of a head.
 """
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .activations import Activation
 from .experts import choose_backend, engine, under_autocast
@@ -156,6 +158,11 @@ def _grouped_linear(
 @_grouped_linear.register_fake
 def _(rows, w_EPD, indices_NK, order_S, *rest):  # type: ignore[no-untyped-def]
     return rows.new_empty(order_S.shape[0], w_EPD.shape[1])
+
+
+@register_flop_formula(torch.ops.moe_mtl.grouped_linear)
+def _operations(rows, w_EPD, indices_NK, *_, **__):  # type: ignore[no-untyped-def]
+    return 2 * math.prod(indices_NK) * math.prod(w_EPD[1:])
 
 
 @torch.library.custom_op("moe_mtl::grouped_linear_backward", mutates_args=())

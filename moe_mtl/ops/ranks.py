@@ -5,9 +5,9 @@
 The gain is bytes. Tokens are read once, the base's output is read and the sum written once; scale, gate and choice
 happen on the small side, at width `P`. Choosing `K` of `P` ranks saves no time: a matrix unit multiplies whole tiles.
 
-Shapes: `N` tokens, `D` width, `R` ranks of the down-projection, `P` ranks that reach gate and up-projection (`R`, or
-what the mix makes of them), `K` of them chosen per token, `T` tasks, `G` runs of tokens of one task each, `O` output
-width.
+Shapes: `N` tokens, `M` of them whose choice is counted, `D` width, `R` ranks of the down-projection, `P` ranks that
+reach gate and up-projection (`R`, or what the mix makes of them), `K` of them chosen per token, `T` tasks, `G` runs of
+tokens of one task each, `O` output width.
 """
 
 import contextlib
@@ -40,6 +40,7 @@ def rank_experts(
     mix_TPR: Tensor | None = None,
     tasks_G: Tensor | None = None,
     counts_P: Tensor | None = None,
+    counted_M: Tensor | None = None,
     chosen: list[Tensor] | None = None,
     backend: RankBackend | None = None,
 ) -> Tensor:
@@ -76,6 +77,7 @@ def rank_experts(
         tasks_G: int64, each in `[0, T)`: the task of each token, or of each run of `N / G` tokens, as the tokens of one
             sample are. Of runs the time does not grow with `T`.
         counts_P: int64; to it is added how many tokens chose each rank.
+        counted_M: int64; the tokens that are counted, without those of padding. All of them where None.
         chosen: to it is appended which ranks each token chose, bool `[N, P]`.
         backend: `torch` or `triton`; by default `triton` on CUDA where it is installed and takes the case.
 
@@ -89,6 +91,8 @@ def rank_experts(
         RuntimeError, IndexError: a task out of range, found when the tasks are read.
     """
     _check(x_ND, a_RD, b_OP, base_NO, gate_NP, num_selected, bias_P, renormalise, mix_TPR, tasks_G, counts_P)
+    if counted_M is not None and (counted_M.dim() != 1 or counted_M.dtype != torch.int64):
+        raise ValueError(f"counted: expected int64 of shape [M], found {counted_M.dtype} of {list(counted_M.shape)}")
     if chosen is not None and num_selected is None:
         raise ValueError("chosen: expected num_selected beside it, found None")
     device = x_ND.device.type
@@ -112,7 +116,7 @@ def rank_experts(
             backend,
         )
     if counts_P is not None:
-        counts_P += chosen_NP.sum(0)
+        counts_P += (chosen_NP if counted_M is None else chosen_NP.index_select(0, counted_M)).sum(0)
     if chosen is not None:
         chosen.append(chosen_NP)
     return out_NO

@@ -13,13 +13,20 @@ from torch import Tensor
 
 from ..kinds import unit_vectors
 from ..tasks import Task
-from .edge_measure import EdgeCounts
+from .edge_measure import EdgeCounts, best_f
 
 F_THRESHOLDS = 99
 
 
 class Meter(Protocol):
-    """What keeps count of some metrics of one task."""
+    """What keeps count of some metrics of one task.
+
+    Attributes:
+        totals: float64, of any shape: sums over pictures, from which the values follow. So the totals of two sets of
+            pictures add up to those of both.
+    """
+
+    totals: np.ndarray
 
     def add(self, predicted: Tensor, labels: Tensor, counted_BHW: Tensor) -> None:
         """One batch: `Task.predict` in float64, labels, and which pixels count."""
@@ -87,7 +94,7 @@ class Confusion:
 
     def __init__(self, task: Task):
         self.classes = max(2, task.num_outputs)
-        self.counts = np.zeros((self.classes, self.classes), np.int64)
+        self.totals = np.zeros((self.classes, self.classes))
 
     def add(self, predicted: Tensor, labels: Tensor, counted_BHW: Tensor) -> None:
         if predicted.dim() == 4:
@@ -95,13 +102,13 @@ class Confusion:
         else:
             chosen_BHW, labels = (predicted > 0.5).long(), (labels >= 0.5).long()
         pair_P = labels[counted_BHW] * self.classes + chosen_BHW[counted_BHW]
-        self.counts += torch.bincount(pair_P, minlength=self.classes**2).reshape(self.counts.shape).numpy()
+        self.totals += torch.bincount(pair_P, minlength=self.classes**2).reshape(self.totals.shape).numpy()
 
     def values(self) -> dict[str, float]:
-        right = self.counts.diagonal()
-        union = self.counts.sum(0) + self.counts.sum(1) - right
+        right = self.totals.diagonal()
+        union = self.totals.sum(0) + self.totals.sum(1) - right
         iou = right[union > 0] / union[union > 0]
-        total = self.counts.sum()
+        total = self.totals.sum()
         return {
             "mean_iou": float(iou.mean()) if len(iou) else float("nan"),
             "pixel_accuracy": float(right.sum() / total) if total else float("nan"),
@@ -117,16 +124,16 @@ class MaxF:
 
     def __init__(self, task: Task):
         self.thresholds = torch.arange(1, F_THRESHOLDS + 1, dtype=torch.float64) / (F_THRESHOLDS + 1)
-        self.counts = np.zeros((2, F_THRESHOLDS + 1), np.int64)  # by class, and by how many thresholds are reached
+        self.totals = np.zeros((2, F_THRESHOLDS + 1))  # by class, and by how many thresholds are reached
 
     def add(self, predicted: Tensor, labels: Tensor, counted_BHW: Tensor) -> None:
         reached_P = torch.bucketize(predicted[counted_BHW], self.thresholds, right=True)
         positive_P = labels[counted_BHW] >= 0.5
         for row, chosen_P in enumerate((~positive_P, positive_P)):
-            self.counts[row] += torch.bincount(reached_P[chosen_P], minlength=F_THRESHOLDS + 1).numpy()
+            self.totals[row] += torch.bincount(reached_P[chosen_P], minlength=F_THRESHOLDS + 1).numpy()
 
     def values(self) -> dict[str, float]:
-        negative, positive = self.counts
+        negative, positive = self.totals
         if not positive.sum():
             return {"max_f": float("nan")}
         true = positive[::-1].cumsum()[::-1][1:]
@@ -139,47 +146,47 @@ class Edges:
 
     def __init__(self, task: Task):
         self.counts = EdgeCounts()
+        self.totals = self.counts.totals
 
     def add(self, predicted: Tensor, labels: Tensor, counted_BHW: Tensor) -> None:
         self.counts.add(predicted.numpy(), (labels >= 0.5).numpy(), counted_BHW.numpy())
 
     def values(self) -> dict[str, float]:
-        return {"ods_f": self.counts.best_f()}
+        return {"ods_f": best_f(self.totals)}
 
 
 class Angle:
     """`mean_angle`: degrees between the predicted vector and the label, over all pixels."""
 
     def __init__(self, task: Task):
-        self.sum, self.pixels = 0.0, 0
+        self.totals = np.zeros(2)  # degrees, pixels
 
     def add(self, predicted: Tensor, labels: Tensor, counted_BHW: Tensor) -> None:
         labels = unit_vectors(torch.where(counted_BHW.unsqueeze(1), labels, 0.0).double())
         # Kahan's formula, which is exact for small angles too, where the arc cosine is not.
         angle_BHW = 2 * torch.atan2((predicted - labels).norm(dim=1), (predicted + labels).norm(dim=1))
-        self.sum += float(torch.rad2deg(angle_BHW)[counted_BHW].sum())
-        self.pixels += int(counted_BHW.sum())
+        self.totals += (float(torch.rad2deg(angle_BHW)[counted_BHW].sum()), int(counted_BHW.sum()))
 
     def values(self) -> dict[str, float]:
-        return {"mean_angle": self.sum / self.pixels if self.pixels else float("nan")}
+        degrees, pixels = self.totals
+        return {"mean_angle": float(degrees / pixels) if pixels else float("nan")}
 
 
 class Error:
     """`rmse` and `abs_error` over all pixels, in the label's unit."""
 
     def __init__(self, task: Task):
-        self.squares, self.sum, self.pixels = 0.0, 0.0, 0
+        self.totals = np.zeros(3)  # squares, absolute values, pixels
 
     def add(self, predicted: Tensor, labels: Tensor, counted_BHW: Tensor) -> None:
         error_P = (predicted - labels)[counted_BHW]
-        self.squares += float(error_P.square().sum())
-        self.sum += float(error_P.abs().sum())
-        self.pixels += len(error_P)
+        self.totals += (float(error_P.square().sum()), float(error_P.abs().sum()), len(error_P))
 
     def values(self) -> dict[str, float]:
-        if not self.pixels:
+        squares, absolute, pixels = self.totals
+        if not pixels:
             return {"rmse": float("nan"), "abs_error": float("nan")}
-        return {"rmse": (self.squares / self.pixels) ** 0.5, "abs_error": self.sum / self.pixels}
+        return {"rmse": float((squares / pixels) ** 0.5), "abs_error": float(absolute / pixels)}
 
 
 _METERS: Mapping[str, Any] = {

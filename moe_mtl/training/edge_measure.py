@@ -38,9 +38,7 @@ class EdgeCounts:
     def __init__(self, max_dist: float = MAX_DIST, thresholds: int = THRESHOLDS):
         self.max_dist = max_dist
         self.thresholds = np.arange(1, thresholds + 1) / (thresholds + 1)
-        self.matched = np.zeros(thresholds, np.int64)
-        self.predicted = np.zeros(thresholds, np.int64)
-        self.labelled = 0
+        self.totals = np.zeros((3, thresholds))  # matched, predicted, labelled
 
     def add(self, probability_BHW: np.ndarray, edge_BHW: np.ndarray, counted_BHW: np.ndarray) -> None:
         """One batch: probabilities, which pixels are edges, and which carry a label at all."""
@@ -48,18 +46,23 @@ class EdgeCounts:
         height, width = edge_BHW.shape[1:]
         offsets = within(max(1.0, self.max_dist * math.hypot(height, width)))
         ridge_BHW = non_maximum_suppression(probability_BHW) * counted_BHW
-        self.labelled += int(edge_BHW.sum())
+        self.totals[2] += int(edge_BHW.sum())
         for i, threshold in enumerate(self.thresholds):
             predicted_BHW = thin(ridge_BHW >= threshold)
-            self.predicted[i] += int(predicted_BHW.sum())
-            self.matched[i] += matches(predicted_BHW, edge_BHW, offsets)
+            self.totals[:2, i] += (matches(predicted_BHW, edge_BHW, offsets), int(predicted_BHW.sum()))
 
     def best_f(self) -> float:
-        """`2 P R / (P + R)` at the best threshold; NaN without any edge in the labels."""
-        if not self.labelled:
-            return float("nan")
-        # 2 (m / p) (m / l) / (m / p + m / l) = 2 m / (p + l)
-        return float((2 * self.matched / (self.predicted + self.labelled)).max())
+        """See `best_f`."""
+        return best_f(self.totals)
+
+
+def best_f(totals: np.ndarray) -> float:
+    """`2 P R / (P + R)` at the best threshold, from `EdgeCounts.totals`; NaN without any edge in the labels."""
+    matched, predicted, labelled = totals
+    if not labelled.any():
+        return float("nan")
+    # 2 (m / p) (m / l) / (m / p + m / l) = 2 m / (p + l)
+    return float((2 * matched / (predicted + labelled)).max())
 
 
 def non_maximum_suppression(map_BHW: np.ndarray) -> np.ndarray:

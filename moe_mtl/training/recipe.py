@@ -66,6 +66,8 @@ class ModelSection:
             what is new.
         adapter: for text, with `from`: what is trained instead of the model's own weights. Where `from` is an adapter
             itself, that one is trained on.
+        sparsity: for text, where `from` is a LoRI adapter: the share of what it trained, the smallest, to leave out for
+            good. The rest is trained again from 0 (LoRI-S).
         dtype: for text, with `from`: of the weights as they are loaded; by default as they are stored.
         quantization: for text, with `from`: `8bit` or `4bit` (QLoRA), by bitsandbytes; needs an adapter.
         config: every other key of the section: fields of the model's config, checked by it.
@@ -78,6 +80,7 @@ class ModelSection:
     drop_tasks: list[str] = field(default_factory=list)
     freeze: list[str] = field(default_factory=list)
     adapter: AdapterSection | None = field(default=None, metadata=_LATER)
+    sparsity: float | None = field(default=None, metadata=_LATER)
     dtype: Literal["float32", "bfloat16", "float16"] | None = field(default=None, metadata=_LATER)
     quantization: Literal["8bit", "4bit"] | None = field(default=None, metadata=_LATER)
     config: dict[str, Any] = field(default_factory=dict, metadata={"rest": True})
@@ -226,8 +229,10 @@ class Recipe:
             raise RecipeError(
                 "model.add_tasks and model.drop_tasks change a saved model: they need model.from, found model.type"
             )
-        if model.source is None and (model.adapter or model.dtype or model.quantization):
-            raise RecipeError("model.adapter, model.dtype and model.quantization are for a saved model: use model.from")
+        if model.source is None and (model.adapter or model.dtype or model.quantization or model.sparsity is not None):
+            raise RecipeError("model.adapter, sparsity, dtype and quantization are for a saved model: use model.from")
+        sparsity = model.sparsity
+        check(sparsity is None or 0 < sparsity < 1, "model.sparsity", "a share above 0 and below 1", sparsity)
         if model.quantization is not None and model.adapter is None:
             raise RecipeError("model.quantization: expected a model.adapter, as quantised weights are not trained")
         if (train.packing or train.truncate) and train.max_length is None:

@@ -315,6 +315,7 @@ def _check_section(recipe: Recipe) -> None:
     model, train, images = recipe.model, recipe.train, data.is_images(recipe.data.name)
     for key, value in {
         "model.adapter": model.adapter,
+        "model.sparsity": model.sparsity,
         "model.dtype": model.dtype,
         "model.quantization": model.quantization,
         "train.max_length": train.max_length,

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..hub import ADAPTER, zoo_or
 from ..naming import nearest
 from ..tuners import RankConfig, load_adapter
+from ..tuners.lori import sparsify
 from .building import freeze
 from .recipe import AdapterSection, ModelSection, Recipe, RecipeError
 
@@ -54,7 +55,14 @@ def build_text(recipe: Recipe, tasks: Sequence[str]) -> tuple[Any, Any, list[str
                 f"model.from: the adapter {section.source} has no task {missing[0]!r}{nearest(missing[0], own)}"
             )
         known = known if own is None else list(own)
+        if section.sparsity is not None:
+            try:
+                sparsify(model, 1 - section.sparsity)
+            except ValueError as error:
+                raise RecipeError(f"model.sparsity: {error}") from None
     else:
+        if section.sparsity is not None:
+            raise RecipeError(f"model.sparsity: expected model.from to be a LoRI adapter, found {section.source}")
         model = base_model(section, recipe.train.gradient_checkpointing)
         if section.adapter is not None:
             model = _adapted(model, section.adapter, tasks)

@@ -9,11 +9,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from ..data import DataError
 from ..data.text import Example, TextSplits, TokenTable, encode
 from ..files import read_json
 from ..hub import ADAPTER
-from ..tuners import load_adapter
+from ..tuners import RankTuner, count, load_adapter
 from .recipe import Recipe, RecipeError, load_recipe
 from .run import RunResult, check_finite, load_data, record_of, save_run, trainer_options, training_arguments
 from .saved import METRICS, RECIPE
@@ -55,8 +54,7 @@ def run_text(
         if not len(table):
             raise RecipeError(f"data: expected examples in the {name} part, found none")
     if tell is not None:
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        tell(f"{sum(p.numel() for p in parameters):,} of {model.num_parameters():,} parameters are trained")
+        tell(f"{_trained(model):,} of {model.num_parameters():,} parameters are trained")
     output_dir.mkdir(parents=True, exist_ok=True)
     use_cache = model.config.use_cache  # the trainer turns it off
     trainer = _trainer(recipe, model, tokenizer, tables, output_dir, progress)
@@ -73,7 +71,7 @@ def run_text(
         "curve": curve(trainer.state.log_history),
         "model_type": _type(model),
         "tasks": tasks,
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "parameters": _trained(model),
     }
     record = record_of(recipe, splits, trainer, results, told, (start, prepared, trained), LIBRARIES)
 
@@ -135,7 +133,7 @@ def evaluate_examples(
     known = own or tasks or sorted({example.task for example in examples})
     for row, example in enumerate(examples):
         if example.task not in known:
-            raise DataError(f"task: expected one of {', '.join(known)}, found {example.task!r}", row=row)
+            raise example.error(f"task: expected one of {', '.join(known)}, found {example.task!r}", row)
     table = encode(examples, tokenizer, known, max_length, truncate)
     return evaluate_text(model, table, batch_size, pad_token(tokenizer))
 
@@ -191,6 +189,15 @@ def _trainer(
         packed=packed,
         **trainer_options(recipe, output_dir, progress),
     )
+
+
+def _trained(model: Any) -> int:
+    """How many parameters training moves; of a mask, what it leaves."""
+    sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    if not isinstance(model, PeftModel) or not isinstance(model.base_model, RankTuner):
+        return sum(sizes.values())
+    of_adapters = sum(size for name, size in sizes.items() if ".moe_adapters." in name)
+    return sum(sizes.values()) - of_adapters + count(model).trained
 
 
 def _type(model: Any) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ._base import RankAdapter, RankConfig
+from ._tasks import runs_again
 
 
 @dataclass
@@ -35,13 +36,14 @@ class BalancedConfig(RankConfig):
 
 
 class BalancedAdapter(RankAdapter):
-    """Chooses ranks token by token, and counts in training how often it chose each.
+    """Chooses ranks token by token, and counts in training how often it chose each; padding is not counted.
 
     Attributes:
         bias_P: of the choice alone; saved with the adapter.
         counts_P: since the last `update_balance`.
     """
 
+    counts_tokens: ClassVar[bool] = True
     expert: ClassVar[str] = "rank"
 
     bias_P: Tensor
@@ -56,7 +58,7 @@ class BalancedAdapter(RankAdapter):
     def choice(self) -> dict[str, Any]:
         """What `rank_experts` needs to know of it."""
         self.counts_P = self.counts_P.to(self.bias_P.device)
-        counts_P = self.counts_P if self.training else None
+        counts_P = self.counts_P if self.training and not runs_again() else None
         return {"num_selected": self.config.num_selected, "bias_P": self.bias_P, "counts_P": counts_P}
 
     def options(self, x_ND: Tensor, told: Tensor | None) -> dict[str, Any]:

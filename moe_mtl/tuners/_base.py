@@ -6,8 +6,8 @@ A method is one file: a config, and a `RankAdapter` that says which of gate, mix
 known to PEFT, whose `get_peft_model`, `save_pretrained` and `from_pretrained` then work as with its own. What a call
 tells of its samples, their tasks or a preference, is "told" to the adapters.
 
-Shapes: `N` tokens, `D` width, `R` ranks of the down-projection, `P` ranks that reach the up-projection, `O` output
-width, `T` tasks.
+Shapes: `N` tokens, `M` of them that are no padding, `D` width, `R` ranks of the down-projection, `P` ranks that reach
+the up-projection, `O` output width, `T` tasks.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..ops.ranks import rank_experts
 from ..outputs import Routing
-from ._tasks import CurrentTasks, Preference, Tasks, Told, number, weights_of
+from ._tasks import CurrentTasks, Preference, Tasks, Told, number, runs_again, weights_of
 
 Record = Callable[[dict[str, Tensor], tuple[str, ...]], None]  # per gate the weights; and what it weighs
 
@@ -50,8 +50,9 @@ class RankConfig(PeftConfig):
         scaling: `alpha/r` (LoRA), `alpha/sqrt(r)` (rsLoRA, Kalajdzievski 2023), or `alpha` as it is (MTLoRA).
         dropout: of what enters the down-projection, in training.
         target_modules: names, or a pattern, of the layers to adapt; by default those that PEFT's LoRA would take.
-        target_parameters: must be None: tensors that are no layer of their own, as the stacked experts of a
-            mixture, cannot be adapted.
+        target_parameters: names of tensors that are no layer of their own, as `experts.gate_up_proj`, the stacked
+            experts of a mixture: each expert has an adapter then. For methods whose update is the same for all
+            tokens of a task; a call is for one task, and there is no dropout.
         exclude_modules: of these, the ones to leave alone.
         layers_to_transform, layers_pattern: as in PEFT's LoRA.
         modules_to_save: layers to train in full and to save with the adapter.
@@ -82,11 +83,6 @@ class RankConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
-        if self.target_parameters:
-            raise ValueError(
-                f"target_parameters: expected none, as {self.peft_type} adapts layers that are called; "
-                f"found {self.target_parameters}, for which PEFT's LoRA can be had"
-            )
         if self.r < 1:
             raise ValueError(f"r: expected at least 1, found {self.r}")
         if self.scaling not in SCALINGS:
@@ -102,6 +98,19 @@ class RankConfig(PeftConfig):
                 )
             if len(set(self.tasks)) < len(self.tasks):
                 raise ValueError(f"tasks: expected different names, found {self.tasks}")
+        if self.target_parameters:
+            self._check_parameters()
+
+    def _check_parameters(self) -> None:
+        kind = self.adapter_class
+        why = "it mixes tasks sample by sample" if kind.by_preference else kind.depends_on_input
+        if why is not None:
+            raise ValueError(
+                f"target_parameters: expected none, as {self.peft_type} adds no fixed matrix to a weight: {why}; "
+                f"found {self.target_parameters}"
+            )
+        if self.dropout:
+            raise ValueError(f"dropout: expected 0 beside target_parameters, found {self.dropout}")
 
     @property
     def scale(self) -> float:
@@ -136,12 +145,14 @@ class RankAdapter(nn.Module):
         by_task: whether it tells tasks apart.
         by_preference: whether it mixes tasks by weights that the call brings.
         depends_on_input: why it cannot be merged, None where it can.
+        counts_tokens: whether in training it counts which experts tokens chose, and so asks which are padding.
         expert: what its gate weighs, if it has one.
     """
 
     by_task: ClassVar[bool] = False
     by_preference: ClassVar[bool] = False
     depends_on_input: ClassVar[str | None] = None
+    counts_tokens: ClassVar[bool] = False
     expert: ClassVar[str] = "expert"
 
     def __init__(self, in_features: int, out_features: int, config: Any):
@@ -201,10 +212,19 @@ class RankAdapter(nn.Module):
         """Of these, the ones that one token of one task is multiplied with."""
         return self.num_trained()
 
-    def forward(self, x: Tensor, base: Tensor, told: Tensor | None, record: Record | None = None) -> Tensor:
-        """`base` with the adapter's output added, `[..., O]`."""
+    def forward(
+        self,
+        x: Tensor,
+        base: Tensor,
+        told: Tensor | None,
+        record: Record | None = None,
+        counted_M: Tensor | None = None,
+    ) -> Tensor:
+        """`base` with the adapter's output added, `[..., O]`; of the tokens those are counted that are no padding."""
         x_ND, base_NO = x.to(base.dtype).flatten(0, -2), base.flatten(0, -2)
         options = self.options(x_ND, told)
+        if self.counts_tokens:
+            options["counted_M"] = counted_M
         weights = options.pop("weights", None)
         if record is not None and "num_selected" in options:
             options["chosen"] = []
@@ -271,6 +291,8 @@ class RankLayer(nn.Module, BaseTunerLayer):
         self.moe_adapters[adapter_name] = adapter = self.new_adapter(config.for_layer(self.name))
         if adapter.by_preference:
             self.current_tasks.takes_preference = True
+        if adapter.counts_tokens:
+            self.current_tasks.takes_mask = True
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -288,31 +310,37 @@ class RankLayer(nn.Module, BaseTunerLayer):
             setattr(adapter, name, buffer.to(adapter.get_buffer(name).device))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
-        if self.merged:
-            for told in self.merged_for.values():
-                if told is not None:
-                    self.current_tasks.check_merged(told, x)
+        result = self._without(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
             return result
         for name in self.active_adapters:
             if name in self.moe_adapters:
                 adapter = self.adapter(name)
-                result = adapter(x, result, self._told(adapter, x), self._record())
+                result = adapter(x, result, self._told(adapter, x), self._record(), self._counted(adapter, x))
         return result
+
+    def _without(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer, with what is merged into it."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        for told in self.merged_for.values():
+            if told is not None:
+                self.current_tasks.check_merged(told, x)
+        return self.base_layer(x, *args, **kwargs)
 
     def _record(self) -> Record | None:
         records = self.current_tasks.records
-        if records is None or torch._C._current_graph_task_id() != -1:  # runs again, in a backward
+        if records is None or runs_again():
             return None
 
         def record(weights: dict[str, Tensor], names: tuple[str, ...]) -> None:
             records.append(Routing(self.name, weights, dict.fromkeys(weights, names)))
 
         return record
+
+    def _counted(self, adapter: RankAdapter, x: Tensor) -> Tensor | None:
+        counts = adapter.counts_tokens and adapter.training and not runs_again()
+        return self.current_tasks.counted(x) if counts else None
 
     def _told(self, adapter: RankAdapter, x: Tensor) -> Tensor | None:
         if adapter.by_task:
@@ -352,7 +380,7 @@ class RankLayer(nn.Module, BaseTunerLayer):
         a_RD, b_OR = self.lora_of(adapter_name, self.always(adapter_name) if told is None else told)
         adapter = self.adapter(adapter_name)
         delta_OD = adapter.config.scale * (b_OR @ a_RD)
-        return delta_OD.t() if self._turned else delta_OD
+        return delta_OD.mT if self._turned else delta_OD
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds adapters to the base weight.
@@ -424,6 +452,7 @@ class RankTuner(BaseTuner):
             model.register_forward_pre_hook(self.current_tasks.enter, with_kwargs=True)
             model.register_forward_pre_hook(self.current_tasks.losses.enter)
             model.register_forward_hook(self.current_tasks.losses.leave)
+            model.register_forward_hook(self.current_tasks.leave, always_call=True)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PeftConfig:
         named = peft_config.target_modules is not None
@@ -451,7 +480,10 @@ class RankTuner(BaseTuner):
         parameter_name: str | None = None,
         **_: Any,
     ) -> None:
-        if isinstance(target, RankLayer):
+        from ._parameters import ParamWrapper  # which is a RankLayer
+
+        nested = isinstance(target, ParamWrapper) and target.parameter_name != parameter_name
+        if isinstance(target, RankLayer) and not nested:
             target.update_layer(adapter_name, peft_config)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
@@ -460,12 +492,15 @@ class RankTuner(BaseTuner):
                 f"target_modules: expected layers that are called, found {current_key}, whose weight is read"
             )
         layer_class = peft_config.layer_class(base)
-        if layer_class is None:
+        if parameter_name is not None:
+            layer: RankLayer = ParamWrapper(target, self.current_tasks, current_key, parameter_name)
+        elif layer_class is None:
             raise ValueError(
                 f"target_modules: expected linear layers, found {current_key} of type "
                 f"{type(base).__module__}.{type(base).__qualname__}"
             )
-        layer = layer_class(target, self.current_tasks, current_key)
+        else:
+            layer = layer_class(target, self.current_tasks, current_key)
         layer.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -609,11 +644,13 @@ class RankTuner(BaseTuner):
 
 def remove_hooks(model: nn.Module, current_tasks: CurrentTasks) -> None:
     """Lets a model be called as before it had adapters."""
-    ours = (current_tasks.enter, current_tasks.losses.enter, current_tasks.losses.leave)
+    losses = current_tasks.losses
+    ours = (current_tasks.enter, losses.enter, losses.leave, current_tasks.leave)
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key in [key for key, hook in hooks.items() if hook in ours]:
             del hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
+            model._forward_hooks_always_called.pop(key, None)
 
 
 class _Method(str):

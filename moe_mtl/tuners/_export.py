@@ -2,17 +2,21 @@
 
 import copy
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from torch import nn
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import ParamWrapper as LoraParameter
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from ..files import UnsafeFileError
 from ..hub import ADAPTER, ADAPTER_WEIGHTS, resolve, verify_manifest, zoo_or
 from ._base import RankLayer
+from ._parameters import ParamWrapper
 from ._tasks import Preference, Told, weights_of
 
 
@@ -44,7 +48,7 @@ def extract_task(
     if name not in model.peft_config:
         raise ValueError(f"adapter_name: expected one of {', '.join(model.peft_config)}, found {name!r}")
     config: Any = model.peft_config[name]
-    layers = {key: layer for key, layer in model.get_base_model().named_modules() if isinstance(layer, RankLayer)}
+    layers = {_key(key, layer): layer for key, layer in _layers(model.get_base_model(), RankLayer)}
     if any(layer.merged for layer in layers.values()):
         raise ValueError("expected adapters beside the weights, found them merged; call unmerge_adapter first")
     told: Told | None = task
@@ -65,7 +69,7 @@ def extract_task(
     copied = copy.deepcopy(model, shared)
     copied.set_adapter(name)
     base = copied.unload()
-    ranks = {key: len(a_RD) for key, (a_RD, _) in pairs.items()}
+    ranks = {key: a_RD.shape[-2] for key, (a_RD, _) in pairs.items()}  # of one expert where there are several
     rank = max(ranks.values())
     others = {key: own for key, own in ranks.items() if own != rank}
     lora = get_peft_model(
@@ -76,15 +80,16 @@ def extract_task(
             lora_alpha=rank * config.scale,
             rank_pattern={_exactly(key): own for key, own in others.items()},
             alpha_pattern={_exactly(key): own * config.scale for key, own in others.items()},
-            target_modules=list(pairs),
+            target_modules=[key for key, (a_RD, _) in pairs.items() if a_RD.dim() == 2],
+            target_parameters=[key for key, (a_RD, _) in pairs.items() if a_RD.dim() == 3] or None,
             modules_to_save=config.modules_to_save,
             bias=config.bias,
         ),
     )
     lora.peft_config["default"].base_model_name_or_path = config.base_model_name_or_path
-    for key, layer in lora.get_base_model().named_modules():
-        if key in pairs:
-            for projection, weight in zip(("lora_A", "lora_B"), pairs[key], strict=True):
+    for key, layer in _layers(lora.get_base_model(), LoraLayer):
+        if _key(key, layer) in pairs:
+            for projection, weight in zip(("lora_A", "lora_B"), _flat(*pairs[_key(key, layer)]), strict=True):
                 parameter = getattr(layer, projection)["default"].weight
                 parameter.data = weight.to(parameter.device, parameter.dtype).contiguous()
     for parameter, requires_grad in trained.items():
@@ -121,6 +126,22 @@ def load_adapter(name: str | Path, model: nn.Module | None = None, **options: An
             raise ValueError(f"model: expected the base model, as {folder} does not say which language model: {found}")
         model = classes[kind].from_pretrained(zoo_or(base), use_safetensors=True)
     return PeftModel.from_pretrained(model, str(folder), config=config, **options)
+
+
+def _layers(base: nn.Module, kind: type) -> Iterator[tuple[str, Any]]:
+    return ((key, module) for key, module in base.named_modules() if isinstance(module, kind))
+
+
+def _key(key: str, layer: Any) -> str:
+    """Of an adapter on a parameter that parameter's name, whatever is wrapped around its module."""
+    if not isinstance(layer, (ParamWrapper, LoraParameter)):
+        return key
+    return f"{key.replace('.base_layer', '')}.{layer.parameter_name}"
+
+
+def _flat(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Of stacked experts as PEFT stores them: `A [E R, D]`, `B [O, R E]`."""
+    return (a, b) if a.dim() == 2 else (a.flatten(0, 1), b.permute(1, 2, 0).flatten(1))
 
 
 def _exactly(key: str) -> str:

@@ -1,16 +1,19 @@
 """Which task each sample of a batch has, or which preference, from the call of a model to its adapter layers.
 
 A base model's `forward` knows no tasks, and PEFT drops keywords that it does not know. So a hook takes `tasks` and
-`preference` out of the call before the base model sees them. What it found stays until the next call; and what calls
-with gradients were for is kept apart, as gradient checkpointing runs layers again in the backward, when other calls may
-have come between.
+`preference` out of the call before the base model sees them. What it found is gone when the call ends: a part that is
+called by itself has no task then. What calls with gradients were for is kept apart, as gradient checkpointing runs
+layers again in the backward, when other calls may have come between. The mask of padding is kept beside them, for
+methods that count tokens.
 
-Shapes: `B` samples, `T` tasks.
+Shapes: `B` samples, `L` tokens of the longest, `T` tasks.
 """
 
 import contextlib
+import inspect
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +36,9 @@ class Call:
 
     tasks: Tasks | None = None
     preference: Preference | None = None
+    mask_BL: Tensor | None = None  # 0 for padding
+    cached: bool = False  # the mask may begin with tokens of earlier calls
+    known: dict[Any, Tensor] = field(default_factory=dict)  # what layers asked for, made once
 
     def __str__(self) -> str:
         return " and ".join(str(value) for value in (self.tasks, self.preference) if value is not None) or "nothing"
@@ -45,6 +51,7 @@ class CurrentTasks:
         always: the task, or the tasks, of calls that name none.
         always_preference: the preference of calls that bring none.
         takes_preference: whether an adapter asks for one; else the keyword is the base model's.
+        takes_mask: whether an adapter asks which tokens are padding.
         records: where its layers leave who used which expert; None asks for nothing.
         losses: what its layers add to the model's.
         merged: per kind, what those adapters were for that were merged into the weights of a model which has no
@@ -54,17 +61,17 @@ class CurrentTasks:
     def __init__(self) -> None:
         self.always: Tasks | None = None
         self.always_preference: Preference | None = None
-        self.takes_preference = False
+        self.takes_preference = self.takes_mask = False
         self.losses = AddedLosses()
         self.records: list[Routing] | None = None
         self.merged: set[Told] = set()
-        # By device, as the replicas of a data-parallel model run side by side and each has its own share of the batch.
-        self._of_call: dict[torch.device | None, Call] = {}
-        self._last = Call()
+        # By thread, as the replicas of a data-parallel model run side by side and each has its own share of the batch;
+        # the innermost call is the last.
+        self._calls: dict[int, list[Call]] = {}
         self._repeats = False
-        self._known: dict[Any, Tensor] = {}
-        # Of calls with gradients since a layer last ran again in a backward: the first, then one for others if any.
-        self._with_gradients: dict[torch.device | None, list[Call]] = {}
+        # By device, in whose thread a backward runs, and what is asked. Of calls with gradients since a layer last ran
+        # again in a backward: the first, then one that differs if any.
+        self._with_gradients: dict[tuple[torch.device | None, str], list[Call]] = {}
         self._ran_again = False
 
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -72,24 +79,32 @@ class CurrentTasks:
         tasks = kwargs.pop("tasks", None)
         preference = kwargs.pop("preference", None) if self.takes_preference else None
         call = Call(
-            self.always if tasks is None else tasks, self.always_preference if preference is None else preference
+            self.always if tasks is None else tasks,
+            self.always_preference if preference is None else preference,
+            _mask_of(model, args, kwargs) if self.takes_mask else None,
+            kwargs.get("past_key_values") is not None,
         )
+        self._calls.setdefault(threading.get_ident(), []).append(call)
         for told in self.merged:
             _check_merged(told, call)
-        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        device = next((t.device for t in tensors), None)
-        if not getattr(model, "_is_replica", False):
-            self._of_call.clear()
-        self._of_call[device] = self._last = call
-        self._known.clear()
         if torch.is_grad_enabled():
             if self._ran_again:
                 self._with_gradients.clear()
                 self._ran_again = False
-            called = self._with_gradients.setdefault(device, [])
-            if not called or (len(called) == 1 and not _same(call, called[0])):
-                called.append(call)
+            tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            device = next((t.device for t in tensors), None)
+            for asked, same in _SAME.items():
+                called = self._with_gradients.setdefault((device, asked), [])
+                if not called or (len(called) == 1 and not same(call, called[0])):
+                    called.append(call)
         return args, kwargs
+
+    def leave(self, *_: Any) -> None:
+        """Forward hook of the base model, after an error too: the call is over."""
+        calls = self._calls.get(threading.get_ident(), [])
+        del calls[-1:]
+        if not calls:
+            self._calls.pop(threading.get_ident(), None)
 
     @contextlib.contextmanager
     def set(
@@ -99,22 +114,25 @@ class CurrentTasks:
 
         `repeats`: a sample may have several rows, as beams.
         """
-        before = self.always, self.always_preference, self._repeats, self._of_call, self._last
+        before = self.always, self.always_preference, self._repeats
         if tasks is not None:
             self.always = tasks
         if preference is not None:
             self.always_preference = preference
-        self._repeats, self._of_call, self._last = repeats, {}, Call(self.always, self.always_preference)
-        self._known.clear()
+        self._repeats = repeats
+        calls = self._calls.get(threading.get_ident(), [])
+        self._calls[threading.get_ident()] = [*calls, Call(self.always, self.always_preference)]
         try:
             yield
         finally:
-            self.always, self.always_preference, self._repeats, self._of_call, self._last = before
-            self._known.clear()
+            self.always, self.always_preference, self._repeats = before
+            self._calls[threading.get_ident()] = calls
+            if not calls:
+                del self._calls[threading.get_ident()]
 
     def check_merged(self, told: Told, x: Tensor) -> None:
         """Refuses a call for anything else than what is merged into a layer's weight."""
-        _check_merged(told, self._of_call.get(x.device, self._last))
+        _check_merged(told, self._current())
 
     def of_samples(self, names: Sequence[str], x: Tensor) -> Tensor:
         """The number in `names` of each sample's task, `[B]`, for `x` of shape `[B, ..., D]`.
@@ -124,24 +142,44 @@ class CurrentTasks:
         Raises:
             ValueError: no task was given, an unknown one, or as many as do not fit the batch.
         """
-        call, again = self._call(x.device)
+        call = self._call(x.device)
         if call.tasks is None:
             raise ValueError(
                 f"tasks: expected one of {', '.join(names)} per sample, found none; "
                 "call the model with tasks=[...], or choose one for all calls with set_task"
             )
-        key = ("tasks", tuple(names), len(x), x.device, again)
+        key = ("tasks", tuple(names), len(x), x.device)
         if isinstance(call.tasks, Tensor) and call.tasks.dim() == 2:
             if call.tasks.shape != x.shape[:-1]:
                 found = f"{list(call.tasks.shape)} for a layer that sees {list(x.shape)}"
                 raise ValueError(f"tasks: expected one per sample, or one per token of every layer, found {found}")
-            if key not in self._known:
-                self._known[key] = _numbers(call.tasks.flatten(), names, call.tasks.numel()).to(x.device)
-            return self._known[key]
-        if key not in self._known:
+            if key not in call.known:
+                call.known[key] = _numbers(call.tasks.flatten(), names, call.tasks.numel()).to(x.device)
+            return call.known[key]
+        if key not in call.known:
             ids_B = _numbers(call.tasks, names, len(x)).to(x.device)
-            self._known[key] = self._per_row("tasks", ids_B, len(x))
-        return self._known[key]
+            call.known[key] = self._per_row("tasks", ids_B, len(x))
+        return call.known[key]
+
+    def of_all(self, names: Sequence[str], x: Tensor) -> int:
+        """The number in `names` of the one task of a call, for what no sample has by itself.
+
+        Raises:
+            ValueError: no task was given, an unknown one, or several.
+        """
+        tasks = self._call(x.device).tasks
+        if tasks is None or isinstance(tasks, str):
+            return int(self.of_samples(names, x[:1]))
+        found = sorted(
+            set(_numbers(tasks.flatten() if isinstance(tasks, Tensor) else tasks, names, len(tasks)).tolist())
+        )
+        if len(found) != 1:
+            listed = " and ".join(names[one] for one in found) or "none"
+            raise ValueError(
+                "tasks: expected one for the whole batch, as with target_parameters the weights of experts, which all "
+                f"samples share, are changed for it; found {listed}"
+            )
+        return found[0]
 
     def preferences(self, names: Sequence[str], x: Tensor) -> Tensor:
         """Each sample's weights of the tasks in `names`, `[B, T]`, for `x` of shape `[B, ..., D]`.
@@ -150,24 +188,47 @@ class CurrentTasks:
             ValueError: no preference was given, or one whose weights are not of these tasks, negative, or do not sum
                 to 1, or as many as do not fit the batch.
         """
-        call, again = self._call(x.device)
+        call = self._call(x.device)
         if call.preference is None:
             raise ValueError(
                 f"preference: expected a weight for each of {', '.join(names)}, found none; "
                 "call the model with preference={...}, or choose one for all calls with set_preference"
             )
-        key = ("preference", tuple(names), len(x), x.device, again)
-        if key not in self._known:
+        key = ("preference", tuple(names), len(x), x.device)
+        if key not in call.known:
             weights = weights_of(call.preference, names).to(x.device)
-            self._known[key] = (
+            call.known[key] = (
                 weights.expand(len(x), -1) if weights.dim() == 1 else self._per_row("preference", weights, len(x))
             )
-        return self._known[key]
+        return call.known[key]
 
-    def _call(self, device: torch.device) -> tuple[Call, bool]:
-        """What a layer runs for, and whether it runs again, in a backward."""
-        again = torch._C._current_graph_task_id() != -1
-        return (self._of_the_backward(device) if again else self._of_call.get(device, self._last)), again
+    def counted(self, x: Tensor) -> Tensor | None:
+        """Which tokens of `x`, of shape `[B, L, D]` or flattened, are no padding: int64 `[M]`; None where all count.
+
+        All count too without an `attention_mask` of shape `[B, L]`, where it is not of these tokens, and in a model of
+        encoder and decoder, whose masks are two.
+        """
+        call = self._call(x.device, "padding")
+        mask_BL, shape = call.mask_BL, x.shape[:-1]
+        if mask_BL is None:
+            return None
+        if call.cached and len(shape) == 2:
+            mask_BL = mask_BL[:, -shape[1] :]
+        if shape not in (mask_BL.shape, (mask_BL.numel(),)):
+            return None
+        key = ("counted", shape, x.device)
+        if key not in call.known:
+            call.known[key] = mask_BL.flatten().nonzero().squeeze(1).to(x.device)
+        return None if len(call.known[key]) == mask_BL.numel() else call.known[key]
+
+    def _current(self) -> Call:
+        """The call that runs; outside of all, what calls that say nothing are for."""
+        calls = self._calls.get(threading.get_ident())
+        return calls[-1] if calls else Call(self.always, self.always_preference)
+
+    def _call(self, device: torch.device, asked: str = "tasks") -> Call:
+        """What a layer runs for."""
+        return self._of_the_backward(device, asked) if runs_again() else self._current()
 
     def _per_row(self, what: str, rows: Tensor, batch: int) -> Tensor:
         if len(rows) == batch:
@@ -176,15 +237,24 @@ class CurrentTasks:
             raise ValueError(f"{what}: expected {batch}, one per sample, found {len(rows)}")
         return rows.repeat_interleave(batch // len(rows), dim=0)
 
-    def _of_the_backward(self, device: torch.device) -> Call:
+    def _of_the_backward(self, device: torch.device, asked: str) -> Call:
         self._ran_again = True
-        called = self._with_gradients.get(device) or next(iter(self._with_gradients.values()), [self._last])
+        called = self._with_gradients.get((device, asked))
+        if not called:
+            elsewhere = (calls for (_, what), calls in self._with_gradients.items() if what == asked)
+            called = next(elsewhere, [self._current()])
         if len(called) > 1:
+            found = f"for {' and for '.join(map(str, called))}" if asked == "tasks" else "whose padding differs"
             raise RuntimeError(
-                "tasks: with gradient checkpointing a backward must come before the next call for other tasks, found "
-                f"calls for {' and for '.join(map(str, called))}; put calls without a backward under torch.no_grad()"
+                f"{asked}: with gradient checkpointing a backward must come before the next call for other {asked}, "
+                f"found calls {found}; put calls without a backward under torch.no_grad()"
             )
         return called[0]
+
+
+def runs_again() -> bool:
+    """Whether a layer runs in a backward, for gradient checkpointing."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def number(task: str, names: Sequence[str]) -> int:
@@ -237,6 +307,25 @@ def _same(one: Call, other: Call) -> bool:
         return value.tolist() if isinstance(value, Tensor) else list(value) if isinstance(value, tuple) else value
 
     return plain(one.tasks) == plain(other.tasks) and plain(one.preference) == plain(other.preference)
+
+
+def _same_padding(one: Call, other: Call) -> bool:
+    if one.mask_BL is None or other.mask_BL is None:
+        return one.mask_BL is other.mask_BL
+    return torch.equal(one.mask_BL, other.mask_BL)
+
+
+_SAME = {"tasks": _same, "padding": _same_padding}
+
+
+def _mask_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The mask of padding `[B, L]` of a call, if it has one."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    mask = kwargs.get("attention_mask")
+    if mask is None and len(args) > 1:
+        mask = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)).get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _check_merged(told: Told, call: Call) -> None:

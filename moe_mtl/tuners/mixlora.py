@@ -6,13 +6,14 @@ arXiv 2404.15159).
 
 A router chooses, token by token, among experts that share the weights of a frozen feed-forward block and have low-rank
 pairs of their own; other targets, as those of the attention, have a plain LoRA. A loss of `E sum_e f_e p_e` evens out
-the experts' use, `f_e` the share of routed copies and `p_e` the mean score of an expert, averaged over layers.
+the experts' use, `f_e` the share of routed copies and `p_e` the mean score of an expert, both without padding, averaged
+over layers.
 
 What is shared is computed once per token, not once per routed copy: `W_gate x` and `W_up x`, and `W_down` of the
 weighted sum of what the copies' activations give. The copies themselves pay for the low-rank pairs and the activation.
 
-Shapes: `N` tokens, `D` width, `H` hidden width, `R` ranks, `E` experts, `K` of them chosen per token, `S = N K` routed
-copies.
+Shapes: `N` tokens, `M` of them that are no padding, `D` width, `H` hidden width, `R` ranks, `E` experts, `K` of them
+chosen per token, `S = N K` routed copies.
 """
 
 import itertools
@@ -109,6 +110,7 @@ class MixLora(RankAdapter):
     """
 
     depends_on_input: ClassVar[str | None] = WHY_NOT_MERGED
+    counts_tokens: ClassVar[bool] = True
 
     def __init__(self, in_features: int, hidden: int, out_features: int, gated: bool, config: "MixLoraConfig"):
         super().__init__(in_features, out_features, config)
@@ -122,8 +124,10 @@ class MixLora(RankAdapter):
             self.register_parameter(f"a_{name}_ERD", nn.Parameter(a_PD.unflatten(0, (config.num_experts, -1))))
             self.register_parameter(f"b_{name}_EOR", nn.Parameter(b_QR.unflatten(0, (config.num_experts, -1))))
 
-    def of_block(self, x: Tensor, block: Block, record: Record | None = None) -> tuple[Tensor, Tensor]:
-        """The output, `[..., D]`, and the loss that evens out the experts' use."""
+    def of_block(
+        self, x: Tensor, block: Block, record: Record | None = None, counted_M: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The output, `[..., D]`, and the loss that evens out the experts' use by the tokens that are counted."""
         x_ND = x.flatten(0, -2)
         first = [linear(x_ND) for linear in block.first]
         x_ND = x_ND.to(first[0].dtype)
@@ -140,8 +144,11 @@ class MixLora(RankAdapter):
         y_ND = block.down(shared_NH)  # the weights sum to 1, so that a bias counts once
         y_ND = y_ND + self._up(down_NKR, self._of("b_{}_EOR", "down", down_NKR), plan, weights_NK)
 
+        if counted_M is not None:
+            logits_NE, indices_NK = logits_NE.index_select(0, counted_M), indices_NK.index_select(0, counted_M)
+            plan = make_plan(indices_NK, experts)
         used_E = plan.counts_E / max(1, indices_NK.numel())
-        loss = experts * (used_E * logits_NE.softmax(-1).mean(0)).sum() if len(x_ND) else logits_NE.sum()
+        loss = experts * (used_E * logits_NE.softmax(-1).mean(0)).sum() if len(logits_NE) else logits_NE.sum()
         return y_ND.view(*x.shape[:-1], y_ND.shape[-1]), loss
 
     def _hidden(
@@ -237,8 +244,10 @@ class MixLayer(RankLayer):
         if len(names) > 1:
             raise ValueError(f"adapters: expected one active in a feed-forward block, found {', '.join(names)}")
         adapter = cast(MixLora, self.adapter(names[0]))
-        y, loss = adapter.of_block(x, self._block(), self._record())
-        if self.training and adapter.config.balance_coef:
+        balances = self.training and adapter.config.balance_coef > 0
+        counted_M = self.current_tasks.counted(x) if balances else None
+        y, loss = adapter.of_block(x, self._block(), self._record(), counted_M)
+        if balances:
             y = self.current_tasks.losses.add(adapter.config.balance_coef * loss, y)
         return y
 

@@ -42,7 +42,7 @@ TASKS: list[dict[str, Any]] = [
 TASK_NAMES = [task["name"] for task in TASKS]
 TOWER_TASKS = [task["name"] for task in TASKS if "product_of" not in task]
 
-# What no rule could guess. A field of a new paper needs a line here only if the rules of `_others` do not fit it.
+# What no rule could guess. A field of a new paper needs a line here only if the rules of `others` do not fit it.
 _SMALL = {
     "features": FEATURES,
     "tasks": TASKS,
@@ -63,7 +63,7 @@ def own_fields(config_class: type[MultiTaskConfig]) -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(config_class) if field.name not in inherited]
 
 
-def _others(default: Any) -> list[Any]:
+def others(default: Any) -> list[Any]:
     """Values other than the default, most welcome first."""
     if isinstance(default, bool):
         return [not default]
@@ -89,7 +89,7 @@ def _off_default(model_type: str) -> dict[str, Any]:
     for field in own_fields(config_class):
         if field.name in WRITTEN_BY_THE_LIBRARY:
             continue
-        candidates = [_SMALL[field.name]] if field.name in _SMALL else _others(getattr(default, field.name))
+        candidates = [_SMALL[field.name]] if field.name in _SMALL else others(getattr(default, field.name))
         for value in candidates:
             try:
                 config_class(**{field.name: value})

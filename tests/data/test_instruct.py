@@ -2,9 +2,10 @@ import gzip
 import json
 
 import pytest
+from transformers import ByT5Tokenizer
 
 from moe_mtl.data import DataError, load
-from moe_mtl.data.text import Example
+from moe_mtl.data.text import Example, encode
 
 SQL = {"task": "sql", "prompt": "List all.", "completion": "SELECT 1;"}
 CHAT = {"task": "chat", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
@@ -44,7 +45,7 @@ def test_files_of_their_own_for_validation_and_test(tmp_path):
         file.write(json.dumps(SQL) + "\n")
     splits = load("instruct", path=train, validation=str(tmp_path / "b.jsonl.gz"), test=str(tmp_path / "b.jsonl.gz"))
     assert len(splits.train) == 50
-    assert splits.validation == splits.test == [Example("sql", "List all.", "SELECT 1;")]
+    assert splits.validation == splits.test == [Example("sql", "List all.", "SELECT 1;", "b.jsonl.gz, line 1")]
 
 
 def test_messages_and_chat(tmp_path):
@@ -52,11 +53,24 @@ def test_messages_and_chat(tmp_path):
     held = write(tmp_path / "b.jsonl", CHAT)
     splits = load("instruct", path=path, validation=held, test=held)
     examples = {e.task: e for e in splits.train}
-    assert examples["chat"] == Example("chat", CHAT["messages"][:1], CHAT["messages"][1:])
+    assert examples["chat"] == Example("chat", CHAT["messages"][:1], CHAT["messages"][1:], "a.jsonl, line 3")
     assert examples["sql"].prompt == "List all."
     examples = {e.task: e for e in load("instruct", path=path, validation=held, test=held, chat=True).train}
     assert examples["sql"].prompt == [{"role": "user", "content": "List all."}]
     assert examples["sql"].completion == [{"role": "assistant", "content": "SELECT 1;"}]
+
+
+def test_a_line_that_a_tokeniser_refuses_is_named(tmp_path):
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    rows = [{"task": "sql", "prompt": f"{n}", "completion": "x" * (40 if n == 17 else 2)} for n in range(30)]
+    path, held = write(tmp_path / "a.jsonl", *rows), write(tmp_path / "b.jsonl", SQL)
+    splits = load("instruct", path=path, validation=held, test=held)
+    with pytest.raises(DataError, match=r"^a.jsonl, line 18: expected at most 9 tokens \(max_length\), found 43"):
+        encode(splits.train, tokenizer, splits.tasks, max_length=9)
+    path = write(tmp_path / "a.jsonl", *rows[:5], CHAT, SQL)
+    splits = load("instruct", path=path, validation=held, test=held)
+    with pytest.raises(DataError, match=r"^a.jsonl, line 6: expected a tokenizer with a chat template"):
+        encode(splits.train, tokenizer, splits.tasks)
 
 
 def test_a_choice_of_tasks(tmp_path):

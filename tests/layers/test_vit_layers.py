@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_mtl.layers.heads import ClassHead, UpHead
-from moe_mtl.layers.moe import SparseExperts, SparseMLP, TaskConditions, TaskRouter
+from moe_mtl.layers.moe import SparseExperts, SparseMLP, TaskConditions, TaskRouter, highest
 from moe_mtl.layers.vit import MLP, Block, PatchEmbedding, SelfAttention
 
 T, B, L, D = 2, 3, 5, 8
@@ -265,3 +265,12 @@ def test_ties_go_to_the_lower_number() -> None:
     router.initialise(0.0)
     choice = router.eval()(tokens(1, 9, D).float(), TASKS)
     assert choice.indices_TNK.tolist() == [[[0, 1]] * 9] * 2
+
+
+@pytest.mark.parametrize("selected", range(1, 8))
+def test_the_highest_of_equals_are_the_first(selected: int) -> None:
+    """By Python's sort, on probabilities of which many are equal, some 0."""
+    probabilities_NE = torch.randint(4, (50, 7), generator=torch.Generator().manual_seed(0)) / 3
+    expected = [sorted(range(7), key=lambda e, row=row: (-row[e], e))[:selected] for row in probabilities_NE.tolist()]
+    assert highest(probabilities_NE, selected).tolist() == expected
+    assert highest(probabilities_NE.unflatten(0, (5, 10)), selected).flatten(0, 1).tolist() == expected

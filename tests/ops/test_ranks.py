@@ -405,6 +405,10 @@ def test_how_often_each_rank_was_chosen_is_counted(backend: str) -> None:
     given = {n: v.to(device(backend)) if isinstance(v, Tensor) else v for n, v in cast(inputs, torch.float32).items()}
     rank_experts(**given, counts_P=counts_P, backend=backend)
     assert torch.equal(counts_P.cpu(), expected + 1)
+    some_M = torch.tensor([7, 0, 4], device=device(backend))
+    counts_P.zero_()
+    rank_experts(**given, counts_P=counts_P, counted_M=some_M, backend=backend)
+    assert torch.equal(counts_P.cpu(), chosen_S.view(9, -1)[[7, 0, 4]].flatten().bincount(minlength=4))
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,11 @@ def train(name, base, lines, output, *further):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_runs(name, base, lines, tmp_path, capsys):
+    if name.endswith("/lori-s"):  # begins where LoRI-D ends
+        further = ("--train.epochs", "null", "--train.max_steps", "2")
+        assert train("instruct/lori", base, lines, tmp_path / "dense", *further) == 0
+        capsys.readouterr()
+        base = str(tmp_path / "dense")
     assert train(name, base, lines, tmp_path / "run", "--train.epochs", "null", "--train.max_steps", "1") == 0
     record = json.loads(capsys.readouterr().out)
     assert record["steps"] == 1

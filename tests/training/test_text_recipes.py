@@ -104,7 +104,8 @@ def test_training_changes_the_adapter_and_not_the_base(base, tmp_path):
 @pytest.mark.parametrize("name", WORD_EDITS)
 def test_every_recipe_of_word_edits_runs(base, tmp_path, name):
     overrides = [("train.max_steps", "2"), ("train.eval_steps", "2"), ("train.batch_size", "8")]
-    recipe = load_recipe(name, overrides + ([] if name.endswith("/base") else [("model.from", str(base))]))
+    as_it_is = name.endswith(("/base", "/lori-s"))  # the latter begins with an adapter
+    recipe = load_recipe(name, overrides + ([] if as_it_is else [("model.from", str(base))]))
     record = run(recipe, tmp_path / "run", progress=False).record
     assert record["steps"] == 2
     assert record["metrics"]["test"]
@@ -192,6 +193,37 @@ def test_an_adapter_is_trained_on(base, tmp_path):
         run(recipe_of({"from": str(tmp_path / "first")}, data={"edits": ["copy"]}), tmp_path / "third", progress=False)
     with pytest.raises(RecipeError, match="is an adapter itself"):
         run(adapter(tmp_path / "first"), tmp_path / "third", progress=False)
+
+
+def test_lori_s_after_lori_d(base, tmp_path):
+    dense = run(adapter(base, "lori"), tmp_path / "dense", progress=False)
+    recipe = recipe_of({"from": str(tmp_path / "dense"), "sparsity": 0.75}, {"weight_decay": 0.1})
+    sparse = run(recipe, tmp_path / "sparse", progress=False)
+    number = read(tmp_path / "dense")["parameters"]
+    assert read(tmp_path / "sparse")["parameters"] == pytest.approx(number / 4, abs=1)
+    before, after = dense.model.state_dict(), load_adapter(tmp_path / "sparse").state_dict()
+    masks = {name: mask for name, mask in after.items() if name.endswith("mask_OR")}
+    kept, left = [], []
+    for name, mask in masks.items():
+        a, b = name.replace("mask_OR", "a_RD"), name.replace("mask_OR", "b_OP")
+        assert torch.equal(after[a], before[a])
+        kept.append(before[b][mask].abs())
+        left.append(before[b][~mask].abs())
+        assert not after[b][~mask].any()
+        assert after[b][mask].any() or not mask.any()
+    assert torch.cat(kept).min() >= torch.cat(left).max()
+    assert evaluate(tmp_path / "sparse", "test").metrics == sparse.metrics["test"]
+
+
+def test_what_cannot_be_made_sparse(base, tmp_path):
+    run(adapter(base), tmp_path / "other", progress=False)
+    refused = {
+        str(base): "expected model.from to be a LoRI adapter, found .*base",
+        str(tmp_path / "other"): "expected a LoRI adapter",
+    }
+    for source, message in refused.items():
+        with pytest.raises(RecipeError, match=rf"model\.sparsity: .*{message}"):
+            run(recipe_of({"from": source, "sparsity": 0.9}), tmp_path / "run", progress=False)
 
 
 def test_a_task_alone_from_a_run(base, tmp_path):
@@ -327,6 +359,8 @@ def test_what_cannot_be(base, tmp_path, model, train, message):
     [
         ({"model": {"type": "llama", "adapter": {"method": "lora"}}}, "use model.from"),
         ({"model": {"type": "llama", "dtype": "bfloat16"}}, "use model.from"),
+        ({"model": {"type": "llama", "sparsity": 0.9}}, "use model.from"),
+        ({"model": {"from": "x", "sparsity": 1.0}}, "model.sparsity: expected a share above 0 and below 1, found 1.0"),
         ({"model": {"from": "x", "quantization": "4bit"}}, "model.quantization: expected a model.adapter"),
         ({"model": {"from": "x"}, "train": {"packing": True}}, "expected train.max_length"),
         ({"model": {"from": "x", "dtype": "int8"}}, "model.dtype: expected one of"),

@@ -190,19 +190,20 @@ def test_its_operations_are_counted() -> None:
 # --- the loss that evens out the experts' use ---
 
 
-def balance(model: PeftModel, ids: Tensor) -> Tensor:
-    """Recomputed from what enters each block."""
+def balance(model: PeftModel, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Recomputed from what enters each block, without padding."""
     terms: list[Tensor] = []
 
     def hook(layer: nn.Module, args: tuple[Tensor]) -> None:
         adapter: Any = layer.moe_adapters["default"]
-        scores_NE = nn.functional.linear(args[0].flatten(0, 1), adapter.router_ED).softmax(-1)
+        x_ND = args[0].flatten(0, 1) if mask is None else args[0][mask.bool()]
+        scores_NE = nn.functional.linear(x_ND, adapter.router_ED).softmax(-1)
         chosen_NK = scores_NE.topk(2).indices
         used_E = torch.stack([(chosen_NK == e).float().mean() for e in range(3)])
         terms.append(3 * (used_E * scores_NE.mean(0)).sum())
 
     handles = [m.register_forward_pre_hook(hook) for m in model.modules() if isinstance(m, MixLayer)]
-    model(input_ids=ids)
+    model(input_ids=ids, attention_mask=mask)
     for handle in handles:
         handle.remove()
     return torch.stack(terms).mean()
@@ -221,6 +222,49 @@ def test_the_balance_is_added_in_training_alone() -> None:
     assert not torch.equal(model(**inputs).loss, plain)
     assert model(input_ids=inputs["input_ids"]).loss is None
     assert not model.base_model.current_tasks.losses.terms
+
+
+def padded(lengths: list[int]) -> dict[str, Tensor]:
+    mask = (torch.arange(5) < torch.tensor(lengths)[:, None]).long()
+    return batch(len(lengths)) | {"attention_mask": mask}
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_padding_has_no_part_in_the_balance(reentrant: bool | None) -> None:
+    inputs = padded([5, 1, 3])
+    plain = adapted(MixLoraConfig, balance_coef=0.0).train()
+    total = plain(**inputs).loss + 0.5 * balance(plain, inputs["input_ids"], inputs["attention_mask"])
+    expected = torch.autograd.grad(total, [p for p in plain.parameters() if p.requires_grad])
+    model = adapted(MixLoraConfig, balance_coef=0.5).train()
+    if reentrant is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for _ in range(2):
+        model.zero_grad()
+        loss = model(**inputs).loss
+        with torch.no_grad():
+            model(**padded([2, 2, 2]))
+        torch.testing.assert_close(loss, total)
+        loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        torch.testing.assert_close(gradients, list(expected), rtol=1e-4, atol=1e-7)
+    nothing = model(**inputs | {"attention_mask": torch.zeros(3, 5)}).loss
+    assert nothing.isfinite()
+    if reentrant is not None:
+        loss = model(**inputs).loss + model(**padded([2, 2, 2])).loss
+        with pytest.raises(RuntimeError, match=r"padding: .* found calls whose padding differs"):
+            loss.backward()
+
+
+def test_without_padding_a_mask_changes_no_bit() -> None:
+    model = adapted(MixLoraConfig, balance_coef=0.5).train()
+    found = []
+    for mask in (None, torch.ones(3, 5)):
+        model.zero_grad()
+        loss = model(**batch(), attention_mask=mask).loss
+        loss.backward()
+        found.append([loss.detach(), *[p.grad.clone() for p in model.parameters() if p.requires_grad]])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.25])

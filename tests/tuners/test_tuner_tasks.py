@@ -1,5 +1,7 @@
 """One task per sample, from the call of a model to its adapters; through `generate` and gradient checkpointing."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -149,7 +151,92 @@ def test_calls_leave_nothing_behind() -> None:
     for row in range(20):
         model(input_ids=batch()["input_ids"], tasks=[TASKS[row % 3], TASKS[row // 3 % 3], TASKS[row // 9]])
     kept = model.base_model.current_tasks._with_gradients
-    assert sum(map(len, kept.values())) == 2
+    assert sorted(map(len, kept.values())) == [1, 2]  # of padding, and of tasks
+
+
+@pytest.mark.parametrize("config_class", BY_TASK)
+def test_a_part_that_is_called_by_itself_has_no_task_of_the_call_before(config_class: type[RankConfig]) -> None:
+    model = adapted(config_class)
+    ids = batch()["input_ids"]
+    decoder = model.get_base_model().model
+    layer = next(module for module in model.modules() if isinstance(module, RankLayer))
+    x_BLD = torch.randn(3, 5, 16)
+    with model.base_model.tasks(["chat", "sql", "code"]):
+        chosen = decoder(input_ids=ids).last_hidden_state, layer(x_BLD)
+    model(input_ids=ids, tasks=["chat", "sql", "code"])
+    for part in (lambda: decoder(input_ids=ids), lambda: layer(x_BLD)):
+        with pytest.raises(ValueError, match="expected one of sql, chat, code per sample, found none"):
+            part()
+    with pytest.raises(ValueError, match="one per sample, found 1"):
+        model(input_ids=ids, tasks=["chat"])
+    with pytest.raises(ValueError, match="found none"):  # after a call that failed, too
+        layer(x_BLD)
+    model.set_task("sql")
+    with model.base_model.tasks(["chat", "sql", "code"]):
+        assert torch.equal(decoder(input_ids=ids).last_hidden_state, chosen[0])
+        assert torch.equal(layer(x_BLD), chosen[1])
+    assert not torch.equal(layer(x_BLD), chosen[1])
+    assert not model.base_model.current_tasks._calls
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_part_called_before_the_backward_disturbs_no_recomputation(reentrant: bool) -> None:
+    model = adapted(BY_TASK[0]).train()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    layer = next(module for module in model.modules() if isinstance(module, RankLayer))
+    found = []
+    for between in (False, True):
+        model.zero_grad()
+        loss = model(**batch(), tasks=["sql", "chat", "code"]).loss
+        if between:
+            with pytest.raises(ValueError, match="found none"):
+                layer(torch.randn(3, 5, 16))
+            with torch.no_grad(), model.base_model.tasks("code"):
+                layer(torch.randn(3, 5, 16))
+        loss.backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert found[0]
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_call_inside_a_call_has_its_own_tasks() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor, inner: str | None = None) -> tuple[Tensor, ...]:
+            if inner is None:
+                return (self.linear(x),)
+            before = self.linear(x)
+            return before, *self(x, tasks=inner), self.linear(x)  # type: ignore[call-arg]
+
+    model = get_peft_model(Twice(), config_of(BY_TASK[0], target_modules=["linear"])).eval()
+    x = torch.randn(3, 6)
+    (sql,), (code,) = model(x, tasks="sql"), model(x, tasks="code")
+    before, inner, after = model(x, inner="code", tasks="sql")
+    assert torch.equal(before, sql)
+    assert torch.equal(inner, code)
+    assert torch.equal(after, sql)
+
+
+def test_calls_side_by_side_have_each_their_own_tasks() -> None:
+    """As the replicas of a data-parallel model have."""
+    model = adapted(BY_TASK[0])
+    calls = [{"input_ids": batch(n + 1)["input_ids"], "tasks": TASKS[n]} for n in range(3)]
+    expected = [model(**call).logits for call in calls]
+    all_there = threading.Barrier(len(calls))
+
+    def wait(*_: Any) -> None:
+        all_there.wait(60)
+
+    for layer in model.get_base_model().model.layers:
+        layer.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(len(calls)) as pool:
+        found = list(pool.map(lambda call: model(**call).logits, calls))
+    torch.testing.assert_close(found, expected)
+    assert not model.base_model.current_tasks._calls
 
 
 def test_a_call_without_tensors_has_its_own_tasks() -> None:

@@ -1,0 +1,130 @@
+"""What the card of a vision model compares: the same functions as `variants` has for tables.
+
+The baselines are plain vision transformers of the recipe `multi_task_vit` beside the card's: one for all tasks, which
+costs a token what the card's model does, and one per task.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..training.recipe import RecipeError
+from . import variants as tables
+from .bootstrap import Statistic, mean_statistic
+from .variants import Trained, Variant, cost_of, files, measured_tasks, task_costs
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..data import ImageTable
+    from ..tasks import Task
+
+DENSE = "multi_task_vit"
+CLOSE = 0.15  # by what share the multiply-adds of one task may differ and still be called equal
+
+__all__ = [
+    "alone",
+    "answer",
+    "close",
+    "cost_alone",
+    "cost_of",
+    "files",
+    "measured_tasks",
+    "statistics",
+    "task_costs",
+    "variants",
+]
+
+
+def alone(tasks: "list[Task]") -> list[str]:
+    """Tasks that get a model of their own."""
+    return [task.name for task in tasks]
+
+
+def variants(recipe: str | Path, baseline: str | Path | None, data_path: str | None, tasks: list[str]) -> list[Variant]:
+    """A card's model and its two baselines, see `variants.variants`."""
+    return tables.variants(recipe, baseline, data_path, tasks, dense=DENSE)
+
+
+def cost_alone(folder: Path) -> dict[str, int]:
+    """Of the costliest task, alone."""
+    model, _ = tables.load_trained(folder)
+    return max((tables.cost(model, task) for task in model.tasks), key=lambda one: one["multiply_adds"])
+
+
+def close(own: dict[str, Any], dense: dict[str, Any], alone: dict[str, int], dense_alone: dict[str, int]) -> None:
+    """Raises RecipeError unless one task costs about as much in the dense model: then a difference is the experts'."""
+    if abs(alone["multiply_adds"] - dense_alone["multiply_adds"]) > CLOSE * dense_alone["multiply_adds"]:
+        raise RecipeError(
+            f"{dense['recipe']}: expected about as many multiply-adds for one task as {own['recipe']}, "
+            f"{alone['multiply_adds']:,}, found {dense_alone['multiply_adds']:,}"
+        )
+
+
+# Of each task, per test image: totals of the metric's meter, or of a class task whether the answer is right.
+Answers = dict[str, "np.ndarray"]
+
+
+def answer(trained: Trained, rows: "ImageTable", batch_size: int) -> Answers:
+    """Per image what its metric is made of, by task, each from the model that answers it."""
+    import numpy as np
+    import torch
+
+    from ..training.dense_metrics import DenseMetrics
+
+    found: Answers = {}
+    for folder in trained.folders.values():
+        model, _ = tables.load_trained(folder)
+        model.eval()
+        told: dict[str, list[np.ndarray]] = {task.name: [] for task in model.config.parsed_tasks}
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            with torch.no_grad():
+                logits = model(batch["pixel_values"]).logits
+            for task in model.config.parsed_tasks:
+                labels = batch["labels"][task.name]
+                if not task.dense:
+                    told[task.name].append(_hits(task, logits[task.name], labels))
+                    continue
+                for i in range(len(labels)):
+                    metrics = DenseMetrics(task)
+                    metrics.add(logits[task.name][i : i + 1], labels[i : i + 1])
+                    told[task.name].append(metrics.meters[0].totals[None].copy())
+        found |= {task: np.concatenate(values) for task, values in told.items()}
+    return found
+
+
+def _hits(task: "Task", logits_BC: Any, labels_B: Any) -> "np.ndarray":
+    """`[B, 2]`: whether the answer is right, and whether there is a label at all."""
+    import numpy as np
+
+    counted_B = task.labelled(labels_B)
+    right_B = (logits_BC.argmax(1) if task.kind == "multiclass" else logits_BC[:, 0] > 0) == labels_B
+    return np.stack([(right_B & counted_B).numpy(), counted_B.numpy()], axis=1).astype(np.float64)
+
+
+def statistics(task: "Task", answers: list[Answers]) -> tuple[Statistic, int] | None:
+    """The primary metric of a task as a function of how often each image counts, one value per seed.
+
+    None for kinds whose metric is none of these.
+    """
+    import numpy as np
+
+    from ..training.dense_metrics import DenseMetrics
+
+    rows = [one[task.name] for one in answers]
+    if not task.dense:
+        if task.reported_metrics[0] != "accuracy":
+            return None
+        counted_B = rows[0][:, 1] > 0
+        return mean_statistic(np.stack([values[counted_B, 0] for values in rows])), int(counted_B.sum())
+    meter = DenseMetrics(task).meters[0]
+    metric = task.reported_metrics[0]
+
+    def statistic(counts_B: np.ndarray) -> np.ndarray:
+        found = np.full(len(rows), np.nan)
+        for s, totals_B in enumerate(rows):
+            meter.totals = np.tensordot(counts_B, totals_B, axes=1)
+            found[s] = meter.values()[metric]
+        return found
+
+    return statistic, len(rows[0])

@@ -1,0 +1,105 @@
+"""Loading a model without holding its experts."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from ..files import CheckpointError
+from ..hub import Checkpoint
+from ..layers.moe import SparseExperts
+from ..layers.streaming import ExpertStream, StoredRows, StreamedExperts, expert_bytes, file_state
+
+if TYPE_CHECKING:
+    from ._base import MultiTaskConfig, MultiTaskModel
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+DTYPES |= {"I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """The tensors are in memory: a bar would only flicker."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def load_offloaded(
+    full: "MultiTaskModel", config: "MultiTaskConfig", checkpoint: Checkpoint, options: dict[str, Any]
+) -> "MultiTaskModel":
+    """The model of `config`, in evaluation mode, whose sparse experts are read from the checkpoint as they are needed.
+
+    Args:
+        full: the model of the whole checkpoint, on the meta device.
+        config: of the model to load, which may have fewer tasks.
+        checkpoint: compared with `full`.
+        options: keywords of `from_pretrained` that are left; only `dtype` has a meaning here.
+
+    Raises:
+        ValueError: other options, or a model without sparse experts.
+        CheckpointError: a value is NaN or infinite.
+    """
+    dtype = options.pop("dtype", None)
+    if options:
+        raise ValueError(f"offload_experts: expected no other option than dtype, found {', '.join(options)}")
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    with torch.device("meta"):
+        model = type(full)(config)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseExperts)}
+    if not layers:
+        raise ValueError(f"offload_experts: expected a model with sparse experts, found {type(model).__name__} without")
+    stored = {
+        layer: {name: stored_rows(checkpoint, f"{layer}.{name}") for name, _ in module.named_parameters()}
+        for layer, module in layers.items()
+    }
+    stream = ExpertStream(max(map(expert_bytes, stored.values())))
+    for layer, module in layers.items():
+        rows = full.rows_kept(config, f"{layer}.w_up")
+        streamed = StreamedExperts(stored[layer], range(len(module.w_up)) if rows is None else rows, stream)
+        streamed.check()
+        model.set_submodule(layer, streamed)
+    state = {name: _held(stored_rows(checkpoint, name), full.rows_kept(config, name)) for name in model.state_dict()}
+    if dtype not in (None, "auto"):
+        state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def refuse_offloaded(model: "MultiTaskModel", what: str) -> None:
+    """Raises ValueError for a model whose experts are not in memory."""
+    if any(isinstance(module, StreamedExperts) for module in model.modules()):
+        raise ValueError(
+            f"{what}: expected a model that holds its experts, found one that was loaded with offload_experts; load it "
+            "without, or with tasks=[...] where only some are needed"
+        )
+
+
+def stored_rows(checkpoint: Checkpoint, name: str) -> StoredRows:
+    """Where the rows of a tensor are."""
+    path, offset, stat = checkpoint.place(name)
+    shape, dtype = checkpoint.shapes[name], DTYPES[checkpoint.dtypes[name]]
+    return StoredRows(name, path, offset, shape, dtype, file_state(stat))
+
+
+def _held(stored: StoredRows, rows: Sequence[int] | None) -> Tensor:
+    """A tensor, or rows of it, in memory of its own: what safetensors returns is mapped from the file."""
+    if rows is None:
+        whole = replace(stored, shape=(1, *stored.shape))
+        return _held(whole, [0]).squeeze(0)
+    tensor = torch.empty(len(rows), *stored.shape[1:], dtype=stored.dtype, device="cpu")
+    for i, row in enumerate(rows):
+        stored.read(row, tensor[i].reshape(-1).view(torch.uint8))
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise CheckpointError(
+            f"expected finite weights, found NaN or infinite values in {stored.name} of {stored.path}"
+        )
+    return tensor

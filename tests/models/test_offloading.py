@@ -1,0 +1,250 @@
+"""Experts that stay on disk: the same numbers, two experts in memory at most, and clear errors."""
+
+import copy
+import itertools
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_mtl.files import CheckpointError
+from moe_mtl.layers import streaming
+from moe_mtl.layers.streaming import ExpertStream, StoredRows, StreamedExperts
+from moe_mtl.models import AutoModelForMultiTask
+from moe_mtl.models.m3vit import M3ViTConfig, M3ViTForMultiTask
+from moe_mtl.models.vit import MultiTaskViT, MultiTaskViTConfig
+from moe_mtl.pathway import cost, prune
+
+SIZES: dict[str, Any] = {
+    "image_size": [16, 24],
+    "patch_size": 8,
+    "hidden_size": 12,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "decoder_dim": 6,
+    "decoder_stages": 2,
+    "initializer_range": 0.3,
+    "tasks": [
+        {"name": "parts", "kind": "segmentation", "num_outputs": 4},
+        {"name": "scene", "kind": "multiclass", "num_outputs": 3},
+    ],
+}
+E, H, D = 6, 10, 12
+
+
+def build(**fields: Any) -> M3ViTForMultiTask:
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_experts": E, "num_selected": 2, "expert_dim": H} | fields
+    model = M3ViTForMultiTask(M3ViTConfig(**sizes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("b_up", "b_down")):
+                parameter.normal_()
+    return model
+
+
+def plain(model: Any) -> Any:
+    """Its experts as the equation is written."""
+    for module in model.modules():
+        if hasattr(module, "backend"):
+            module.backend = "torch"
+    return model
+
+
+def images(rows: int = 3) -> Tensor:
+    return torch.randn(rows, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    build().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("gate", ["multi_gate", "task_conditioned"])
+@pytest.mark.parametrize("tasks", [None, ["scene"], ["parts"]])
+@pytest.mark.parametrize("shard", ["5GB", "4KB"])
+def test_offloaded_experts_give_the_same_numbers(tmp_path: Path, gate: str, tasks: Any, shard: str) -> None:
+    model = plain(build(gate=gate))
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    offloaded = AutoModelForMultiTask.from_pretrained(tmp_path, offload_experts=True, tasks=tasks)
+    for _ in range(2):
+        with torch.inference_mode():
+            found = offloaded(images()).logits
+    found_again = offloaded(images()).logits  # a gradient could be recorded here, were anything trainable
+    expected = model(images(), tasks=tasks).logits
+    for task in expected:
+        assert found[task].equal(expected[task])
+        assert found_again[task].equal(expected[task])
+    assert found.keys() == expected.keys()
+    assert offloaded.config.name_or_path == str(tmp_path)
+    assert not offloaded.training
+    assert not any(parameter.requires_grad for parameter in offloaded.parameters())
+
+
+def test_of_pruned_experts_too(tmp_path: Path) -> None:
+    pruned, _ = prune(build(), ["parts", "scene"], [{"pixel_values": images()}], keep=0.7)
+    pruned.save_pretrained(tmp_path)
+    offloaded = AutoModelForMultiTask.from_pretrained(tmp_path, offload_experts=True)
+    expected = plain(pruned)(images()).logits
+    assert all(logits.equal(expected[task]) for task, logits in offloaded(images()).logits.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_in_another_dtype(folder: Path, dtype: torch.dtype) -> None:
+    model = plain(AutoModelForMultiTask.from_pretrained(folder, dtype=dtype))
+    offloaded = AutoModelForMultiTask.from_pretrained(folder, offload_experts=True, dtype=dtype)
+    found, expected = offloaded(images().to(dtype)).logits, model(images().to(dtype)).logits
+    for task, logits in expected.items():
+        assert found[task].dtype == dtype
+        assert found[task].equal(logits)
+
+
+def test_two_experts_are_held_at_most(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that enter products lie in two places; an expert is read while the one before it is computed."""
+    offloaded = AutoModelForMultiTask.from_pretrained(folder, offload_experts=True)
+    assert not [name for name in offloaded.state_dict() if ".experts." in name]
+    events: list[tuple[str, int]] = []
+    fill, done = ExpertStream._fill, ExpertStream.done
+
+    def filled(self: ExpertStream, slot: Any, read: Any) -> Any:
+        fill(self, slot, read)
+        events.append(("read", slot.device.data_ptr()))
+        return slot
+
+    def used(self: ExpertStream, slot: Any) -> None:
+        events.append(("used", slot.device.data_ptr()))
+        done(self, slot)
+
+    monkeypatch.setattr(ExpertStream, "_fill", filled)
+    monkeypatch.setattr(ExpertStream, "done", used)
+    offloaded(images())
+    streams = {module.stream for module in offloaded.modules() if isinstance(module, StreamedExperts)}
+    assert len(streams) == 1  # all layers share it
+    slots = next(iter(streams)).slots
+    assert sum(slot.host.numel() for slot in slots) == 2 * (512 + 64 + 512 + 48)  # padded to 64 bytes
+    places = {slot.device.data_ptr() for slot in slots}
+    assert {place for _, place in events} == places
+    held: set[int] = set()
+    for what, place in events:
+        if what == "read":
+            assert place not in held, "an expert was written over that was still to be computed"
+            held.add(place)
+        else:
+            held.remove(place)
+    assert not held
+    assert sum(what == "read" for what, _ in events) <= 2 * E
+
+
+def test_only_experts_with_tokens_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offloaded = AutoModelForMultiTask.from_pretrained(folder, offload_experts=True)
+    read: list[int] = []
+    original = StoredRows.read
+
+    def spy(self: StoredRows, row: int, into: Tensor) -> None:
+        read.append(row)
+        original(self, row, into)
+
+    monkeypatch.setattr(StoredRows, "read", spy)
+    with torch.no_grad():
+        for block in (1, 3):
+            for gate in offloaded.blocks[block].mlp.router.gates.values():
+                gate.zero_()  # equal probabilities: the first two experts
+    offloaded(images())
+    assert set(read) == {0, 1}
+    assert len(read) == 2 * 2 * 4  # layers, experts, tensors of each
+
+
+def test_a_file_that_changes_or_goes_is_noticed(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    for harm, message in (
+        (lambda: os.utime(weights, ns=(1, 1)), "changed while its experts were in use"),
+        (lambda: shutil.copy(weights, folder / "copy") and os.replace(folder / "copy", weights), "changed while"),
+        (lambda: os.truncate(weights, weights.stat().st_size // 2), "changed while"),
+        (lambda: weights.unlink(), "was removed while its experts were in use; load the model anew"),
+    ):
+        build().save_pretrained(folder)
+        offloaded = AutoModelForMultiTask.from_pretrained(folder, offload_experts=True)
+        before = offloaded(images()).logits["parts"]
+        harm()
+        for _ in range(2):  # the first failure leaves nothing locked
+            with pytest.raises(CheckpointError, match=message):
+                offloaded(images())
+        build().save_pretrained(folder)
+        anew = AutoModelForMultiTask.from_pretrained(folder, offload_experts=True)
+        assert anew(images()).logits["parts"].equal(before)
+
+
+def test_values_are_checked(tmp_path: Path) -> None:
+    for name in ("blocks.1.mlp.experts.w_down", "blocks.0.mlp.up.weight"):
+        model = build()
+        with torch.no_grad():
+            model.get_parameter(name).view(-1)[-1] = torch.nan
+        model.save_pretrained(tmp_path)
+        with pytest.raises(CheckpointError, match=f"NaN or infinite values in {name}"):
+            AutoModelForMultiTask.from_pretrained(tmp_path, offload_experts=True)
+
+
+def test_what_needs_the_experts_is_refused(folder: Path, tmp_path: Path) -> None:
+    offloaded = AutoModelForMultiTask.from_pretrained(folder, offload_experts=True)
+    with pytest.raises(ValueError, match="extract_task: expected a model that holds its experts"):
+        offloaded.extract_task("parts")
+    with pytest.raises(ValueError, match="found one that was loaded with offload_experts"):
+        cost(offloaded)
+    with pytest.raises(ValueError, match="save_pretrained: expected a model that holds its experts"):
+        offloaded.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(RuntimeError, match="offloaded experts cannot be trained"):
+        offloaded.train()(images())
+    with pytest.raises(RuntimeError, match="offloaded experts cannot be trained"):
+        offloaded.eval()(images().requires_grad_())
+
+
+@pytest.mark.parametrize("given", [{"state_dict": {}}, {"ignore_mismatched_sizes": True}, {"device_map": "cpu"}])
+def test_options_that_contradict_offloading(folder: Path, given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="offload_experts: expected"):
+        M3ViTForMultiTask.from_pretrained(folder, offload_experts=True, **given)
+
+
+def test_a_model_without_experts_has_none_to_leave_on_disk(tmp_path: Path) -> None:
+    MultiTaskViT(MultiTaskViTConfig(**SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="expected a model with sparse experts, found MultiTaskViT without"):
+        AutoModelForMultiTask.from_pretrained(tmp_path, offload_experts=True)
+
+
+def test_a_copy_has_slots_of_its_own(folder: Path) -> None:
+    offloaded = AutoModelForMultiTask.from_pretrained(folder, offload_experts=True)
+    expected = offloaded(images()).logits["parts"]
+    other = copy.deepcopy(offloaded)
+    assert other(images()).logits["parts"].equal(expected)
+    mine, others = (model.blocks[1].mlp.experts.stream.slots for model in (offloaded, other))
+    assert not {slot.host.data_ptr() for slot in mine} & {slot.host.data_ptr() for slot in others}
+
+
+def test_threads_take_turns(folder: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    offloaded = AutoModelForMultiTask.from_pretrained(folder, offload_experts=True)
+    inputs = [images() * scale for scale in (0.5, 1.0, 2.0, 4.0)]
+    expected = [offloaded(x).logits["parts"] for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            found = list(pool.map(lambda x: offloaded(x).logits["parts"], inputs))
+            assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
+
+
+def test_tensors_of_an_expert_do_not_overlap() -> None:
+    state = (0, 0, 0, 0)
+    stored = {
+        name: StoredRows(name, Path("none"), 0, shape, torch.float32, state)
+        for name, shape in (("w_up", (E, H, D)), ("b_up", (E, H)), ("w_down", (E, D, H)), ("b_down", (E, D)))
+    }
+    found = list(streaming.places(stored).values())
+    assert all(start % 64 == 0 for start, _ in found)
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(found))
+    assert [stop - start for start, stop in found] == [4 * H * D, 4 * H, 4 * H * D, 4 * D]
+    assert streaming.expert_bytes(stored) == found[-1][1]
