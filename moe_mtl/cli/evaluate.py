@@ -68,7 +68,9 @@ def _on_files(folder: Any, files: list[str]) -> Any:
         return evaluate_examples(
             folder, examples, train.eval_batch_size, max_length=train.max_length, truncate=train.truncate
         )
+    model = AutoModelForMultiTask.from_pretrained(folder)
+    if model.processor_class is not TabularProcessor:
+        raise UsageError("--data measures rows of tables; a model of pictures is measured on a split of its data")
     processor = TabularProcessor.from_pretrained(folder)
     rows = TensorTable(processor(files))
-    model = AutoModelForMultiTask.from_pretrained(folder)
     return evaluate_table(model, rows, batch_size_of(folder), model.config.parsed_tasks, processor.unscale)

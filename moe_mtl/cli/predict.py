@@ -1,8 +1,13 @@
-"""Answers rows, streamed, in the units of the training data; of the model only what the tasks need is loaded.
+"""Answers rows or pictures, in the units of the training data; of the model only what the tasks need is loaded.
 
   moe-mtl predict runs/digits-mmoe rows.csv --output answers.parquet --keep id
   moe-mtl predict runs/digits-mmoe rows.csv --task digit | head
   moe-mtl predict mtl-lora-word-edits prompts.jsonl --task reverse
+
+  moe-mtl predict photo.jpg --model runs/photo-tiles-m3vit --task edges --output edges.png
+
+Pictures: maps of a photograph's own size are drawn over it, into a picture, or of several tasks or pictures into a
+folder; into a file that ends in .npy goes the map itself. Large photographs are answered window by window.
 
 A language model, or an adapter on one, answers JSON lines that have prompt or messages, and task unless --task says it
 for all.
@@ -21,9 +26,16 @@ from ._console import quiet_libraries, say
 
 
 def configure(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder, zoo name or Hub id")
-    parser.add_argument("rows", metavar="ROWS", help="CSV, Parquet or JSON-lines file, or a folder of them")
-    parser.add_argument("--output", metavar="FILE", help=".csv, .parquet or .jsonl; by default JSON lines on stdout")
+    parser.add_argument("first", metavar="MODEL", help="folder, zoo name or Hub id; left out where --model names it")
+    parser.add_argument(
+        "inputs", nargs="*", metavar="ROWS", help="CSV, Parquet or JSON-lines file, pictures, or a folder of them"
+    )
+    parser.add_argument("--model", metavar="MODEL", help="instead of the first argument")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help=".csv, .parquet or .jsonl, by default JSON lines on stdout; of pictures .png, .npy or a folder",
+    )
     parser.add_argument("--task", nargs="+", action="extend", metavar="TASK", help="answer these only")
     parser.add_argument("--keep", nargs="+", action="extend", default=[], metavar="COLUMN", help="carry these along")
     parser.add_argument("--batch-size", type=positive, metavar="N", help="by default what evaluation used")
@@ -36,7 +48,16 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.keep and not arguments.output:
         raise UsageError("--keep writes columns into a file: it needs --output")
-    folder = resolve(arguments.model)
+    inputs = arguments.inputs if arguments.model is None else [arguments.first, *arguments.inputs]
+    if not inputs:
+        raise UsageError("the following arguments are required: ROWS; see moe-mtl predict --help")
+    folder = resolve(arguments.first if arguments.model is None else arguments.model)
+    if not is_text_model(folder) and _reads_pictures(folder):
+        _pictures(folder, inputs, arguments)
+        return
+    if len(inputs) > 1:
+        raise UsageError(f"unexpected argument {inputs[1]!r}; see moe-mtl predict --help")
+    arguments.rows = inputs[0]
     if is_text_model(folder):
         _text(folder, arguments)
         return
@@ -52,6 +73,28 @@ def run(arguments: argparse.Namespace) -> None:
         done = predict_file(folder, arguments.rows, arguments.output, arguments.task, arguments.keep, batch_size)
     columns = ", ".join([*done.columns[:8], *["..."] * (len(done.columns) > 8)])
     say(f"wrote {done.path}: {done.rows:,} rows, columns {columns}")
+
+
+def _reads_pictures(folder: Path) -> bool:
+    from ..data import VisionProcessor
+    from ..hub import read_config
+    from ..models import model_class
+
+    return model_class(read_config(folder)["model_type"]).processor_class is VisionProcessor
+
+
+def _pictures(folder: Path, inputs: list[str], arguments: argparse.Namespace) -> None:
+    from ..training.image_predict import WINDOWS, predict_files
+
+    if arguments.output is None:
+        raise UsageError("--output: expected a picture, a .npy file or a folder for what is drawn, found none")
+    if arguments.keep or arguments.max_new_tokens:
+        raise UsageError("--keep is for rows of a table, --max-new-tokens for language models; this one reads pictures")
+    batch_size = arguments.batch_size or WINDOWS
+    with quiet_libraries():
+        written = predict_files(folder, inputs, arguments.output, arguments.task, batch_size)
+    shown = ", ".join([*map(str, written[:4]), *["..."] * (len(written) > 4)])
+    say(f"wrote {shown}")
 
 
 def _text(folder: Path, arguments: argparse.Namespace) -> None:

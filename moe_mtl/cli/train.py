@@ -21,7 +21,7 @@ def configure(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from ..data import is_text
+    from ..data import is_images, is_text
     from ..training.recipe import find_recipe, load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
@@ -48,5 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     say(f"\n{record['parameters']:,} parameters, {took}; saved in {output}")
     if is_text(recipe.data.name):
         say(f"next: moe-mtl predict {output} PROMPTS.jsonl --output answers.jsonl")
+    elif is_images(recipe.data.name):
+        say(f"next: moe-mtl cost {output}; moe-mtl predict {output} PHOTO.jpg --output answers")
     else:
         say(f"next: moe-mtl cost {output}; moe-mtl predict {output} ROWS.csv --output answers.csv")

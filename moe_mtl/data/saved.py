@@ -1,7 +1,7 @@
 """What all processors share: one JSON file beside the model, read without trusting who wrote it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +23,10 @@ class SavedProcessor:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`."""
+        raise NotImplementedError
+
+    def for_tasks(self, tasks: Sequence[str]) -> "SavedProcessor":
+        """The processor of the model that answers only `tasks`."""
         raise NotImplementedError
 
     def save_pretrained(self, folder: str | Path) -> list[str]:

@@ -118,6 +118,9 @@ class BatchLoader(DataLoader):
         processes: int = 1,
     ):
         share: Any = batches if processes == 1 else _Share(batches, process, processes)
+        table = dataset.table if isinstance(dataset, TaskRows) else dataset
+        if isinstance(table, ImageTable):
+            share = _Told(share, table)
         self.batches = share
         # Its own generator: a DataLoader draws a seed each epoch, from the one that dropout uses unless told otherwise.
         super().__init__(
@@ -127,13 +130,30 @@ class BatchLoader(DataLoader):
     def set_epoch(self, epoch: int) -> None:
         """The trainer calls it before each pass."""
         self.batches.set_epoch(epoch)
-        table = self.dataset.table if isinstance(self.dataset, TaskRows) else self.dataset
-        if isinstance(table, ImageTable):  # whose augmentation differs from pass to pass
-            table.set_epoch(epoch)
 
 
 def _as_is(batch: Any) -> Any:
     return as_is(batch)
+
+
+class _Told:
+    """Batches that tell a table of pictures which pass it is, as its augmentation differs from pass to pass.
+
+    Not the loader does: a resumed epoch has another one, made by accelerate, around the same batches.
+    """
+
+    def __init__(self, batches: Any, table: ImageTable):
+        self.batches, self.table = batches, table
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batches.set_epoch(epoch)
+        self.table.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
 
 
 class _Share:

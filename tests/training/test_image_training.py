@@ -12,6 +12,7 @@ import torch
 from moe_mtl.data import DataError
 from moe_mtl.data.augmentation import Augmentation
 from moe_mtl.data.images import ImageSplits, TensorImages
+from moe_mtl.data.tensors import ShuffledBatches
 from moe_mtl.data.vision_processor import VisionProcessor
 from moe_mtl.models import model_class
 from moe_mtl.tasks import Task
@@ -158,8 +159,8 @@ def test_batches_of_one_task_hold_pictures_with_its_label_and_ask_for_it_alone()
 
 
 def test_augmentation_changes_with_the_epoch_and_with_nothing_else():
-    loader = BatchLoader(images(8, augmentation=Augmentation(noise=0.1)), [torch.arange(8)], pin_memory=False)
-    loader.batches = SimpleNamespace(set_epoch=lambda epoch: None)
+    batches = ShuffledBatches(8, 8, shuffle=False)
+    loader = BatchLoader(images(8, augmentation=Augmentation(noise=0.1)), batches, pin_memory=False)
 
     def pixels(epoch):
         loader.set_epoch(epoch)
@@ -199,7 +200,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(make_trainer, tmp_pa
         model = model_of(seed, dropout=0.2, noise_std=1.0)
         table = images(20, augmentation=augmentation)
         fields = {
-            "epochs": 3,
+            "max_steps": 7,
             "batch_size": 8,
             "seed": 3,
             "save_steps": 4,
