@@ -15,7 +15,7 @@ from .variants import Trained, Variant, cost_of, files, measured_tasks, task_cos
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..data import ImageTable
+    from ..data import ImageSplits, ImageTable
     from ..tasks import Task
 
 DENSE = "multi_task_vit"
@@ -24,8 +24,7 @@ CLOSE = 0.15  # by what share the multiply-adds of one task may differ and still
 __all__ = [
     "alone",
     "answer",
-    "close",
-    "cost_alone",
+    "check_costs",
     "cost_of",
     "files",
     "measured_tasks",
@@ -45,18 +44,22 @@ def variants(recipe: str | Path, baseline: str | Path | None, data_path: str | N
     return tables.variants(recipe, baseline, data_path, tasks, dense=DENSE)
 
 
-def cost_alone(folder: Path) -> dict[str, int]:
-    """Of the costliest task, alone."""
-    model, _ = tables.load_trained(folder)
-    return max((tables.cost(model, task) for task in model.tasks), key=lambda one: one["multiply_adds"])
+def check_costs(chosen: "list[Variant]", splits: "ImageSplits") -> None:
+    """Raises RecipeError unless one task costs about as much in the dense model: then a difference is the experts'.
 
+    Told by untrained models, before anything is trained.
+    """
+    from ..training.building import build
 
-def close(own: dict[str, Any], dense: dict[str, Any], alone: dict[str, int], dense_alone: dict[str, int]) -> None:
-    """Raises RecipeError unless one task costs about as much in the dense model: then a difference is the experts'."""
-    if abs(alone["multiply_adds"] - dense_alone["multiply_adds"]) > CLOSE * dense_alone["multiply_adds"]:
+    own, dense = (next(v for v in chosen if v.model == model) for model in (chosen[0].model, DENSE))
+    costs = []
+    for variant in (own, dense):
+        model, _ = build(variant.recipe, splits)
+        costs.append(max(tables.cost(model, task)["multiply_adds"] for task in model.tasks))
+    if abs(costs[0] - costs[1]) > CLOSE * costs[1]:
         raise RecipeError(
-            f"{dense['recipe']}: expected about as many multiply-adds for one task as {own['recipe']}, "
-            f"{alone['multiply_adds']:,}, found {dense_alone['multiply_adds']:,}"
+            f"{dense.recipe_name}: expected about as many multiply-adds for one task as {own.recipe_name}, "
+            f"{costs[0]:,}, found {costs[1]:,}"
         )
 
 

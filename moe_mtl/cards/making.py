@@ -71,6 +71,8 @@ def make(
     tasks = kind.measured_tasks(own, splits)
     name = canonical(recipe)
     chosen = kind.variants(name, baseline, data_path, kind.alone(tasks))
+    if kind is image_variants:
+        image_variants.check_costs(chosen, splits)
     trained: dict[str, list[Trained]] = {}
     for variant in chosen:
         for seed in own.card.seeds:
@@ -88,10 +90,6 @@ def make(
     ]
     if kind is text_variants and len(rows) > 1:
         text_variants.close(rows[0], rows[1])
-    if kind is image_variants:
-        dense = next(row for row in rows if row["model"] == image_variants.DENSE)
-        both = (best, trained[image_variants.DENSE][shipped].folders["all"])
-        image_variants.close(rows[0], dense, *(image_variants.cost_alone(folder) for folder in both))
     shipped_files = kind.files(best)
     weights = next(one for one in shipped_files if one.endswith(".safetensors"))
     checkpoint = Checkpoint(best, weights=weights)
