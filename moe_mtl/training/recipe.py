@@ -101,14 +101,16 @@ class EarlyStopping:
 
 @dataclass
 class TaskSampling:
-    """Batches of one task each, for rows that carry the label of one task only.
+    """Batches of one task each, for rows that carry the label of one task only; or of one data set each.
 
     Attributes:
         temperature: a task with n labelled rows is drawn with probability proportional to n^(1/temperature): 1
             follows the data, large values make the tasks equally frequent.
+        by: `task`, or, for the data set `mixed`, `data_set`: then a batch trains all tasks of one of its parts.
     """
 
     temperature: float = 1.0
+    by: Literal["task", "data_set"] = "task"
 
 
 @dataclass
@@ -261,7 +263,8 @@ class Recipe:
         if train.task_sampling is not None:
             temperature = train.task_sampling.temperature
             check(temperature > 0, "train.task_sampling.temperature", "above 0", temperature)
-            if self.loss_method is not None or self.gradient_method is not None:
+            balanced = self.loss_method is not None or self.gradient_method is not None
+            if balanced and train.task_sampling.by == "task":
                 raise RecipeError(
                     "train.task_sampling: batches of one task leave nothing to balance; remove one of the two"
                 )

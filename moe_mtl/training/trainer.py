@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 
 from ..data.images import ImageTable
+from ..data.mixed import JoinedImages
 from ..data.processor import TabularProcessor
 from ..data.tensors import ShuffledBatches, TensorTable
 from ..data.vision_processor import VisionProcessor
@@ -118,7 +119,7 @@ class MultiTaskTrainer(CrashSafeTrainer):
         for key, method in chosen:
             if method is None:
                 continue
-            if self.task_sampling is not None:
+            if self.task_sampling is not None and self.task_sampling.by == "task":
                 raise RecipeError(
                     f"train.{key}: {method[0]} has nothing to balance in batches of one task (train.task_sampling)"
                 )
@@ -155,7 +156,17 @@ class MultiTaskTrainer(CrashSafeTrainer):
         place = (self.args.process_index, self.args.world_size)
         if self.task_sampling is None:
             return BatchLoader(table, ShuffledBatches(len(table), size, seed), pin, *place)
-        batches = TaskBatches(rows_by_task(table, self.tasks), size, self.task_sampling.temperature, seed)
+        temperature = self.task_sampling.temperature
+        if self.task_sampling.by == "data_set":
+            if not isinstance(table, JoinedImages):
+                raise RecipeError(
+                    "train.task_sampling.by: data_set needs several of them (data.name: mixed), found one"
+                )
+            rows = {name: chosen_N for name, (chosen_N, _) in table.sources.items()}
+            groups = {name: names for name, (_, names) in table.sources.items()}
+            batches = TaskBatches(rows, size, temperature, seed)
+            return BatchLoader(TaskRows(table, self.tasks, groups), batches, pin, *place)
+        batches = TaskBatches(rows_by_task(table, self.tasks), size, temperature, seed)
         return BatchLoader(TaskRows(table, self.tasks), batches, pin, *place)
 
     # --- one step ---

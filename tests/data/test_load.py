@@ -16,6 +16,7 @@ def test_every_data_set_is_found_with_documented_options():
         "digit-pairs",
         "digits",
         "instruct",
+        "mixed",
         "mmoe-synthetic",
         "multitab-bench",
         "nyud-v2",
@@ -32,7 +33,7 @@ def test_every_data_set_is_found_with_documented_options():
 
 def test_what_load_returns_is_known_without_loading():
     assert [name for name in data_sets() if is_text(name)] == ["instruct", "word-edits"]
-    pictures = ["digit-pairs", "nyud-v2", "pascal-context", "photo-tiles"]
+    pictures = ["digit-pairs", "mixed", "nyud-v2", "pascal-context", "photo-tiles"]
     assert [name for name in data_sets() if is_images(name)] == pictures
     for ask in (is_text, is_images):
         with pytest.raises(DataError, match="unknown data set 'photo-tile'; did you mean 'photo-tiles'"):

@@ -158,7 +158,7 @@ MODEL_ERRORS = [
     ({"type": "mmoe", "num_expert": 3}, "unknown key 'num_expert': mmoe has no such field; did you mean 'num_experts'"),
     ({"type": "mmoe", "num_experts": "three"}, "section 'model'.*num_experts"),
     ({"type": "mmoe", "num_experts": 0}, "num_experts"),
-    ({"type": "mmoe", "features": []}, "come from the data"),
+    ({"type": "mmoe", "features": []}, "comes from the data"),
     ({"type": "mmoe", "tasks": ["digits"]}, "model.tasks: unknown task 'digits'; did you mean 'digit'"),
     ({"type": "mmoe", "tasks": []}, "model.tasks: expected at least one"),
     ({"type": "mmoe", "freeze": ["tower.*"]}, r"model.freeze: no parameter is called 'tower\.\*'"),
