@@ -108,7 +108,7 @@ class Ours:
                     use_cpu=True,
                     torch_compile=self.compiled,
                 )
-                trainer = MultiTaskTrainer(model, arguments, table, adam=True)
+                trainer = MultiTaskTrainer(model, arguments, table, optimizer_name="adam")
                 with _quiet():
                     trainer.train()
 

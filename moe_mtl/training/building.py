@@ -12,6 +12,7 @@ from ..data.processor import TabularProcessor
 from ..data.splits import DataSplits
 from ..data.vision_processor import VisionProcessor
 from ..models import AutoModelForMultiTask, MultiTaskModel, model_class
+from ..models._vision import VisionModel
 from ..naming import nearest
 from .recipe import ModelSection, Recipe, RecipeError
 
@@ -33,7 +34,7 @@ def build(recipe: Recipe, splits: DataSplits | ImageSplits) -> tuple[MultiTaskMo
     if section.source is None:
         processor = fitted.for_tasks(_chosen(section.tasks, _names(fitted), "model.tasks"))
         fields = _from_data(processor) | {"tasks": _weighted(processor, recipe)}
-        model = _configured(str(section.type), fields | section.config, type(fitted))
+        model = _configured(str(section.type), fields | section.config, type(fitted), section.backbone)
         new: set[str] = set()
     else:
         model, processor, new = _from_saved(section, fitted, recipe)
@@ -133,7 +134,9 @@ def _copy_weights(old: MultiTaskModel, new: MultiTaskModel, section: ModelSectio
     return set(target) - set(source)
 
 
-def _configured(model_type: str, fields: dict[str, Any], processor: type) -> MultiTaskModel:
+def _configured(
+    model_type: str, fields: dict[str, Any], processor: type, backbone: str | None = None
+) -> MultiTaskModel:
     try:
         cls = model_class(model_type)
     except ValueError as error:
@@ -146,11 +149,18 @@ def _configured(model_type: str, fields: dict[str, Any], processor: type) -> Mul
                 f"section 'model': unknown key {key!r}: {model_type} has no such field{nearest(key, known)}"
             )
     try:
-        config = cls.config_class(**fields)
+        config: Any = cls.config_class(**fields)
         config.validate()
     except (StrictDataclassError, ValueError) as error:
         raise RecipeError(f"section 'model': {' '.join(str(error.__cause__ or error).split())}") from None
-    return cls(config)
+    if backbone is None:
+        return cls(config)
+    if not issubclass(cls, VisionModel):
+        raise RecipeError(f"model.backbone: expected none, as a {model_type} reads a table, found {backbone!r}")
+    try:
+        return cls.from_backbone(backbone, config).train()
+    except (ValueError, OSError) as error:
+        raise RecipeError(f"model.backbone: {backbone}: {str(error).strip().splitlines()[0]}") from None
 
 
 def _chosen(names: list[str] | None, known: list[str], where: str) -> list[str]:

@@ -46,7 +46,8 @@ class CrashSafeTrainer(Trainer):
         callbacks: further ones.
         one_cycle: use the one-cycle schedule instead of `args.lr_scheduler_type`; `args.warmup_steps` is its rise, a
             share of 30 % where that is 0.
-        adam: L2 regularisation instead of decoupled weight decay.
+        optimizer_name: `adamw`, `adam` (L2 regularisation instead of decoupled weight decay), or `sgd`, whose
+            momentum is `args.adam_beta1`.
         seconds_between_saves: a checkpoint that falls due at the end of an epoch is left out if the last one is
             younger; what is saved stays exact, and small models do not spend their time on the disk.
         saved_along: text files, by name, that each checkpoint holds too.
@@ -67,7 +68,7 @@ class CrashSafeTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         *,
         one_cycle: bool = False,
-        adam: bool = False,
+        optimizer_name: str = "adamw",
         seconds_between_saves: float = 0.0,
         saved_along: Mapping[str, str] | None = None,
         **options: Any,
@@ -79,7 +80,7 @@ class CrashSafeTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
-        self.one_cycle, self.adam = one_cycle, adam
+        self.one_cycle, self.optimizer_name = one_cycle, optimizer_name
         self.saved_along = dict(saved_along or {})
         self.best: BestWeights | None = None
         self.add_callback(SavesAfterEvaluation())
@@ -147,7 +148,7 @@ class CrashSafeTrainer(Trainer):
     # --- optimiser ---
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Fused AdamW or Adam; no decay of biases, norms and what `further_groups` adds."""
+        """Fused AdamW, Adam or SGD; no decay of biases, norms and what `further_groups` adds."""
         if self.optimizer is None:
             model = self.model if model is None else model
             decayed = set(self.get_decay_parameter_names(model))
@@ -159,11 +160,12 @@ class CrashSafeTrainer(Trainer):
             groups = [group for group in (*groups, *self.further_groups()) if group["params"]]
             if not groups:
                 raise RecipeError("model.freeze leaves no parameter to train")
-            kind = torch.optim.Adam if self.adam else torch.optim.AdamW
-            betas = (self.args.adam_beta1, self.args.adam_beta2)
-            self.optimizer = kind(
-                groups, lr=self.args.learning_rate, betas=betas, eps=self.args.adam_epsilon, fused=True
-            )
+            rate, betas = self.args.learning_rate, (self.args.adam_beta1, self.args.adam_beta2)
+            if self.optimizer_name == "sgd":
+                self.optimizer = torch.optim.SGD(groups, lr=rate, momentum=betas[0], fused=True)
+            else:
+                kind = torch.optim.Adam if self.optimizer_name == "adam" else torch.optim.AdamW
+                self.optimizer = kind(groups, lr=rate, betas=betas, eps=self.args.adam_epsilon, fused=True)
         return self.optimizer
 
     def create_scheduler(

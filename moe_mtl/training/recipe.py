@@ -58,6 +58,7 @@ class ModelSection:
 
     Attributes:
         type: model type of a new model, for example `mmoe`; for text one of transformers, for example `llama`.
+        backbone: for pictures, with `type`: a ViT, DeiT or DINOv2 of transformers to start from, its Hub id or folder.
         source: written `from` in YAML: zoo name, folder or Hub id of a saved model to fine-tune; excludes `type`.
         tasks: names of the data's tasks to train; all by default.
         add_tasks: with `from`: names of the data's tasks that the saved model lacks and that get a new gate and tower.
@@ -74,6 +75,7 @@ class ModelSection:
     """
 
     type: str | None = None
+    backbone: str | None = field(default=None, metadata=_LATER)
     source: str | None = field(default=None, metadata={"key": "from"})
     tasks: list[str] | None = None
     add_tasks: list[str] = field(default_factory=list)
@@ -127,8 +129,8 @@ class TrainSection:
         schedule: learning rate over the steps. `one_cycle` rises over the warm-up (30 % by default) and falls to 0
             along cosines.
         warmup: share of the steps (below 1) or number of steps (1 and above) of linear rise.
-        optimizer: `adamw` or `adam` (L2 in the gradient).
-        betas: decay rates of Adam's moments.
+        optimizer: `adamw`, `adam` (L2 in the gradient) or `sgd`.
+        betas: decay rates of Adam's moments; of `sgd` the first is the momentum.
         loss_balancing: `uniform` (the tasks' own weights), `uncertainty`, `dwa`, `random`, or a scalarizer of TorchJD
             by class name; with options as a mapping `{name: STCH, mu: 0.5}`.
         gradient_balancing: an aggregator of TorchJD by class name, for example `PCGrad`, or a mapping with options; on
@@ -160,9 +162,9 @@ class TrainSection:
     eval_batch_size: int = 4096
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
-    schedule: Literal["constant", "linear", "cosine", "one_cycle"] = "one_cycle"
+    schedule: Literal["constant", "linear", "cosine", "polynomial", "one_cycle"] = "one_cycle"
     warmup: float | None = None
-    optimizer: Literal["adamw", "adam"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     loss_balancing: str | dict[str, Any] = "uniform"
     gradient_balancing: str | dict[str, Any] | None = None
@@ -227,6 +229,8 @@ class Recipe:
         if (model.type is None) == (model.source is None):
             found = "neither" if model.type is None else "both"
             raise RecipeError(f"model: expected either 'type' (a new model) or 'from' (a saved one), found {found}")
+        if model.backbone is not None and model.type is None:
+            raise RecipeError("model.backbone is what a new model starts from: it needs model.type, found model.from")
         if model.type is not None and (model.add_tasks or model.drop_tasks):
             raise RecipeError(
                 "model.add_tasks and model.drop_tasks change a saved model: they need model.from, found model.type"
@@ -418,4 +422,4 @@ def _sections() -> str:
     return ", ".join(f.name for f in dataclasses.fields(Recipe))
 
 
-_TEXT_KEYS = {"data.name", "data.path", "model.type", "model.from", "card.name", "card.budget"}
+_TEXT_KEYS = {"data.name", "data.path", "model.type", "model.backbone", "model.from", "card.name", "card.budget"}

@@ -42,7 +42,14 @@ if TYPE_CHECKING:
 # Nothing chosen: ten passes.
 DEFAULT_EPOCHS = 10
 SECONDS_BETWEEN_SAVES = 30.0
-SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine", "one_cycle": "constant"}
+SCHEDULES = {
+    "constant": "constant_with_warmup",
+    "linear": "linear",
+    "cosine": "cosine",
+    "polynomial": "polynomial",
+    "one_cycle": "constant",
+}
+POWER = {"power": 0.9, "lr_end": 0.0}  # of the polynomial schedule: "poly" in the field of dense prediction
 LIBRARIES = ("torch", "transformers", "moe-mtl")
 
 
@@ -245,7 +252,7 @@ def trainer_options(recipe: Recipe, output_dir: Path, progress: bool) -> dict[st
         "callbacks": callbacks,
         "early_stopping": section.early_stopping,
         "one_cycle": section.schedule == "one_cycle",
-        "adam": section.optimizer == "adam",
+        "optimizer_name": section.optimizer,
         "seconds_between_saves": SECONDS_BETWEEN_SAVES,
         "saved_along": {RECIPE: recipe.to_yaml()},
     }
@@ -278,6 +285,7 @@ def training_arguments(section: TrainSection, output_dir: str | Path) -> Trainin
         adam_beta2=section.betas[1],
         max_grad_norm=section.max_grad_norm,
         lr_scheduler_type=SCHEDULES[section.schedule],
+        lr_scheduler_kwargs=POWER if section.schedule == "polynomial" else None,
         warmup_steps=section.warmup or 0,
         bf16=section.precision == "bf16",
         use_cpu=not torch.accelerator.is_available(),

@@ -152,6 +152,7 @@ def _check(recipe: Recipe) -> None:
     """What is for rows of a table, not for text."""
     model, train = recipe.model, recipe.train
     for key, value in {
+        "model.backbone": model.backbone,
         "model.add_tasks": model.add_tasks,
         "model.drop_tasks": model.drop_tasks,
         "train.task_weights": train.task_weights,

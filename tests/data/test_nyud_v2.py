@@ -5,36 +5,15 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from picture_folders import NYUD_SIZE as SIZE
+from picture_folders import nyud_mt
 from PIL import Image
 
 from moe_mtl.data import DataError, load
 
-SIZE = (17, 23)  # of the pictures
-
-
-def made(root, train: int = 30, val: int = 2):
-    """A folder NYUD_MT with random maps."""
-    rng = np.random.default_rng(0)
-    for folder in ("images", "segmentation", "depth", "normals", "edge", "gt_sets"):
-        (root / folder).mkdir(parents=True)
-    names = [f"nyu_{i:04d}" for i in range(train + val)]
-    (root / "gt_sets" / "train.txt").write_text("\n".join(names[:train]) + "\n")
-    (root / "gt_sets" / "val.txt").write_text("\n".join(names[train:]))
-    for name in names:
-        Image.fromarray(rng.integers(0, 256, (*SIZE, 3), np.uint8)).save(root / "images" / f"{name}.jpg")
-        Image.fromarray(rng.integers(0, 41, SIZE, np.uint8)).save(root / "segmentation" / f"{name}.png")
-        depth = rng.random(SIZE, np.float32) * 9 + 1
-        depth[0, :5] = 0
-        np.save(root / "depth" / f"{name}.npy", depth)
-        normals = rng.normal(size=(*SIZE, 3)).astype(np.float32)
-        normals[3, 4] = 0
-        np.save(root / "normals" / f"{name}.npy", normals)
-        np.save(root / "edge" / f"{name}.npy", (rng.random(SIZE) < 0.1).astype(np.float32))
-    return root
-
 
 def test_maps_are_what_the_files_say(tmp_path):
-    root = made(tmp_path / "NYUD_MT")
+    root = nyud_mt(tmp_path / "NYUD_MT")
     splits = load("nyud-v2", path=str(root), image_size=[20, 24])
     assert [(task.name, task.weight) for task in splits.tasks] == [
         ("segmentation", 1),
@@ -76,7 +55,7 @@ def test_maps_are_what_the_files_say(tmp_path):
 
 
 def test_training_pictures_are_changed_and_can_be_sent_to_workers(tmp_path):
-    splits = load("nyud-v2", path=made(tmp_path / "n"), image_size=[20, 24], tasks=["depth", "normals"])
+    splits = load("nyud-v2", path=nyud_mt(tmp_path / "n"), image_size=[20, 24], tasks=["depth", "normals"])
     train = pickle.loads(pickle.dumps(splits.train))  # as a DataLoader does for its workers
     batch = train.__getitems__(torch.arange(8))
     assert batch["pixel_values"].shape == (8, 3, 20, 24)
@@ -118,7 +97,7 @@ def test_training_pictures_are_changed_and_can_be_sent_to_workers(tmp_path):
     ],
 )
 def test_what_is_missing_is_named_before_anything_is_read(tmp_path, spoil, message):
-    root = made(tmp_path / "NYUD_MT")
+    root = nyud_mt(tmp_path / "NYUD_MT")
     spoil(root)
     with pytest.raises(DataError, match=message):
         load("nyud-v2", path=str(root))
@@ -156,7 +135,7 @@ def test_what_is_missing_is_named_before_anything_is_read(tmp_path, spoil, messa
     ],
 )
 def test_what_is_wrong_with_a_file_is_named_when_it_is_read(tmp_path, file, content, message):
-    root = made(tmp_path / "NYUD_MT")
+    root = nyud_mt(tmp_path / "NYUD_MT")
     if isinstance(content, bytes):
         (root / file).write_bytes(content)
     elif file.endswith(".png"):
@@ -173,7 +152,7 @@ def test_wrong_options(tmp_path):
         load("nyud-v2")
     with pytest.raises(DataError, match=r"nyud-v2: path: expected a folder .*none, found none"):
         load("nyud-v2", path=str(tmp_path / "none"))
-    root = str(made(tmp_path / "NYUD_MT", train=3))
+    root = str(nyud_mt(tmp_path / "NYUD_MT", train=3))
     with pytest.raises(DataError, match="nyud-v2: unknown task 'edge'; known tasks: segmentation"):
         load("nyud-v2", path=root, tasks=["edge"])
     with pytest.raises(DataError, match=r"validation: expected a share that leaves pictures .* leaves 3 and 0"):

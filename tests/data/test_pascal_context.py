@@ -5,70 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from picture_folders import CAT, PERSON, SIZE, part, pascal_mt, structs, thing
 from PIL import Image
 from scipy.io import savemat
 
 from moe_mtl.data import DataError, load
 
-SIZE = (16, 24)
-CAT, PERSON = 8, 15
-
-
-def part(name: str, rows: slice, columns: slice) -> dict:
-    mask = np.zeros(SIZE, np.uint8)
-    mask[rows, columns] = 1
-    return {"part_name": name, "mask": mask}
-
-
-def structs(items: list[dict]) -> np.ndarray:
-    """A MATLAB struct array."""
-    out = np.empty(len(items), dtype=[(key, object) for key in (items[0] if items else {"x": 0})])
-    for i, item in enumerate(items):
-        out[i] = tuple(item.values())
-    return out
-
-
-def thing(kind: int, parts: list[dict]) -> dict:
-    mask = np.ones(SIZE, np.uint8)
-    return {"class": "x", "class_ind": kind, "mask": mask, "parts": structs(parts) if parts else np.zeros((0, 0))}
-
-
-PEOPLE = [
-    thing(PERSON, [part("hair", slice(0, 4), slice(0, 4)), part("neck", slice(4, 8), slice(0, 4))]),
-    thing(CAT, [part("head", slice(8, 16), slice(12, 24))]),
-    thing(PERSON, [part("lhand", slice(0, 2), slice(10, 12)), part("rfoot", slice(2, 4), slice(10, 12))]),
-]
-
-
-def made(root, train: int = 30, val: int = 3):
-    """A folder PASCAL_MT; the first tested picture has people, the second a cat, the third a person without parts."""
-    rng = np.random.default_rng(0)
-    names = [f"2008_{i:06d}" for i in range(train + val)]
-    folders = ("JPEGImages", "semseg/VOC12", "semseg/pascal-context", "human_parts", "normals_distill", "sal_distill")
-    for folder in (*folders, "pascal-context/trainval", "ImageSets/Context"):
-        (root / folder).mkdir(parents=True)
-    (root / "ImageSets/Context/train.txt").write_text("\n".join(names[:train]))
-    (root / "ImageSets/Context/val.txt").write_text("\n".join(names[train:]))
-    for number, name in enumerate(names):
-        Image.fromarray(rng.integers(0, 256, (*SIZE, 3), np.uint8)).save(root / f"JPEGImages/{name}.jpg")
-        classes = rng.integers(0, 21, SIZE).astype(np.uint8)
-        classes[0] = 255
-        coloured = Image.fromarray(classes).convert("L")
-        coloured = Image.frombytes("P", coloured.size, coloured.tobytes())
-        coloured.putpalette(rng.integers(0, 256, 768).astype(np.uint8).tobytes())
-        coloured.save(root / f"semseg/{'VOC12' if number % 2 else 'pascal-context'}/{name}.png")
-        objects = [PEOPLE, [thing(CAT, [])], [thing(PERSON, []), thing(CAT, [])]][max(number - train, 0)]
-        savemat(root / f"human_parts/{name}.mat", {"anno": {"imname": name, "objects": structs(objects)}})
-        Image.fromarray(rng.integers(0, 256, (*SIZE, 3), np.uint8)).save(root / f"normals_distill/{name}.png")
-        Image.fromarray(rng.integers(0, 256, SIZE, np.uint8)).save(root / f"sal_distill/{name}.png")
-        context = np.full(SIZE, 284, np.int32)  # person
-        context[:, 10:] = 360  # sky, which has no normals
-        savemat(root / f"pascal-context/trainval/{name}.mat", {"LabelMap": context})
-    return root
-
 
 def test_maps_are_what_the_files_say(tmp_path):
-    root = made(tmp_path / "PASCAL_MT")
+    root = pascal_mt(tmp_path / "PASCAL_MT")
     splits = load("pascal-context", path=str(root), image_size=[20, 24])
     assert {task.name: task.weight for task in splits.tasks} == {
         "segmentation": 1,
@@ -101,7 +46,7 @@ def test_maps_are_what_the_files_say(tmp_path):
 
 
 def test_parts_of_people_are_grouped(tmp_path):
-    splits = load("pascal-context", path=str(made(tmp_path / "p")), image_size=[16, 24])
+    splits = load("pascal-context", path=str(pascal_mt(tmp_path / "p")), image_size=[16, 24])
     people, cat, without = splits.test[:]["labels"]["human_parts"]
     expected = torch.zeros(16, 24, dtype=torch.int64)
     expected[0:4, 0:4], expected[4:8, 0:4] = 1, 2
@@ -114,7 +59,7 @@ def test_parts_of_people_are_grouped(tmp_path):
 
 
 def test_lists_of_objects_tell_where_people_are(tmp_path):
-    root = made(tmp_path / "p")
+    root = pascal_mt(tmp_path / "p")
     assert load("pascal-context", path=str(root), image_size=[16, 24]).test.present("human_parts").all()
     (root / "ImageSets/Parts").mkdir()
     names = (root / "ImageSets/Context/val.txt").read_text().split()
@@ -133,7 +78,7 @@ def test_lists_of_objects_tell_where_people_are(tmp_path):
 
 
 def test_a_task_needs_its_own_files_alone(tmp_path):
-    root = made(tmp_path / "p")
+    root = pascal_mt(tmp_path / "p")
     for path in (root / "human_parts").iterdir():
         path.unlink()
     splits = load("pascal-context", path=str(root), tasks=["edges", "saliency"], image_size=[16, 24])
@@ -184,7 +129,7 @@ def test_a_task_needs_its_own_files_alone(tmp_path):
     ],
 )
 def test_what_is_wrong_with_a_file_is_named(tmp_path, file, content, message):
-    root = made(tmp_path / "p")
+    root = pascal_mt(tmp_path / "p")
     path = root / file.format("2008_000030")
     if isinstance(content, bytes):
         path.write_bytes(content)

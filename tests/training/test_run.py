@@ -89,8 +89,9 @@ def base_for_add_task(few_rows, tmp_path):
     return run(recipe, tmp_path / "base", progress=False)
 
 
-# Those of text are run by test_text_recipes.py and test_instruct_recipes.py.
-TABLES = [name for name in list_recipes() if not data.is_text(load_recipe(name).data.name)]
+# Those of text are run by test_text_recipes.py and test_instruct_recipes.py, of pictures by test_image_recipes.py.
+TEXT_OR_PICTURES = (data.is_text, data.is_images)
+TABLES = [n for n in list_recipes() if not any(kind(load_recipe(n).data.name) for kind in TEXT_OR_PICTURES)]
 
 
 @pytest.mark.parametrize("name", [name for name in TABLES if not name.endswith("add-task")])

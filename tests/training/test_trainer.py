@@ -316,4 +316,6 @@ def test_weights_decay_and_biases_do_not(make_model, make_table, make_trainer):
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
     assert all("bias" in names[id(parameter)] for parameter in groups[1]["params"])
     assert all("bias" not in names[id(parameter)] for parameter in groups[0]["params"])
-    assert isinstance(make_trainer(make_model(), make_table(), adam=True).create_optimizer(), torch.optim.Adam)
+    assert isinstance(
+        make_trainer(make_model(), make_table(), optimizer_name="adam").create_optimizer(), torch.optim.Adam
+    )
