@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from PIL import Image
 
 from moe_mtl.cli import COMMANDS, main
 from moe_mtl.models import REGISTRY
@@ -27,6 +29,7 @@ SKIPPED = {
 # What is added to a command so that it takes seconds.
 SMALLER = {
     "moe-mtl train word-edits/mtl-lora": "--train.max_steps 2 --train.eval_steps 2 --eval.splits [test]",
+    "moe-mtl train photo-tiles/m3vit": "--train.max_steps 2 --train.epochs null --data.max_tiles 2 --data.stride 64",
     "moe-mtl train": "--train.epochs 1 --model.num_experts 2 --model.expert_dims [4]",
     "moe-mtl bench synthetic": "--draws 2 --rows 256 --learning-rates 1e-3",
     "moe-mtl bench tuners": "--width 16 --layers 1 --batch 2 --rounds 1 --slice-seconds 0 --parts step --methods LORI",
@@ -65,6 +68,8 @@ def write_tables(folder: Path) -> None:
     labels = {"click": draw.integers(2, size=400), "price": draw.gamma(2.0, 10.0, size=400)}
     rows.assign(**labels).to_parquet(folder / "clicks.parquet")
     rows.head(20).to_csv(folder / "new_rows.csv", index=False)
+    picture = Image.fromarray(draw.integers(0, 256, (80, 96, 3), np.uint8))
+    picture.save(folder / "photo.jpg")
     (folder / "prompts.jsonl").write_text('{"task": "reverse", "prompt": "R:apple="}\n')
 
 
@@ -122,6 +127,9 @@ def test_the_python_works(page: str, code: str) -> None:
     if "sql" in names:
         assert names["loss"].isfinite()
         assert str(names["sql"].peft_config["default"].peft_type) == "PeftType.LORA"
+    elif "streamed" in names:
+        assert names["edges"].shape == (2, 1, 64, 64)
+        torch.testing.assert_close(names["again"], names["edges"], rtol=1e-4, atol=1e-4)
     elif page == "README.md":
         assert set(names["model"].tasks) <= set(names["answers"])
         assert {len(answers) for answers in names["answers"].values()} == {len(names["rows"])}
