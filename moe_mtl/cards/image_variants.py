@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from ..training.recipe import RecipeError
 from . import variants as tables
 from .bootstrap import Statistic, mean_statistic
-from .variants import Trained, Variant, cost_of, files, measured_tasks, task_costs
+from .variants import Trained, Variant, files, measured_tasks
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ..data import ImageSplits, ImageTable
+    from ..models import MultiTaskModel
     from ..tasks import Task
 
 DENSE = "multi_task_vit"
@@ -42,6 +43,23 @@ def alone(tasks: "list[Task]") -> list[str]:
 def variants(recipe: str | Path, baseline: str | Path | None, data_path: str | None, tasks: list[str]) -> list[Variant]:
     """A card's model and its two baselines, see `variants.variants`."""
     return tables.variants(recipe, baseline, data_path, tasks, dense=DENSE)
+
+
+def cost_of(trained: Trained) -> dict[str, int]:
+    """Of all models that it takes to answer every task."""
+    costs = [_cost(tables.load_trained(folder)[0]) for folder in trained.folders.values()]
+    return {key: sum(one[key] for one in costs) for key in costs[0]}
+
+
+def task_costs(folder: Path, tasks: "list[Task]") -> dict[str, dict[str, int]]:
+    """Of each task alone."""
+    model, _ = tables.load_trained(folder)
+    return {task.name: _cost(model.extract_task(task.name)) for task in tasks}
+
+
+def _cost(model: "MultiTaskModel") -> dict[str, int]:
+    """Parameters stored: which experts an image touches depends on the image. Multiply-adds of one image."""
+    return {"parameters": model.num_parameters(), "multiply_adds": tables.cost(model)["multiply_adds"]}
 
 
 def check_costs(chosen: "list[Variant]", splits: "ImageSplits") -> None:

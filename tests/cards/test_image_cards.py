@@ -81,6 +81,9 @@ def test_baselines_are_dense_for_all_tasks_and_for_each(zoo):
     rows = {row["model"]: row for row in record["rows"]}
     assert list(rows) == ["m3vit", "single_task", "multi_task_vit"]
     assert rows["multi_task_vit"]["multiply_adds"] < rows["single_task"]["multiply_adds"]
+    assert rows["m3vit"]["parameters"] == AutoModelForMultiTask.from_pretrained("m3vit-tiles").num_parameters()
+    alone = AutoModelForMultiTask.from_pretrained("m3vit-tiles", tasks=["edges"]).num_parameters()
+    assert record["single_task_cost"]["edges"]["parameters"] == alone
     assert len(record["comparison"]) == 2 * 2
     for entry in record["comparison"]:
         means = [rows[m]["metrics"][entry["task"]][entry["metric"]]["mean"] for m in ("m3vit", entry["baseline"])]
