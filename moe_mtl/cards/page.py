@@ -316,6 +316,8 @@ def _delta(record: Mapping[str, Any]) -> str:
         for task, metrics in row["metrics"].items():
             metric, entry = next(iter(metrics.items()))
             sign, base = -1 if metric in LOWER_IS_BETTER else 1, alone["metrics"][task][metric]["mean"]
+            if not base:
+                return f"Δm is not defined: the single-task models' {task} {metric} is 0."
             gains.append([sign * (value - base) / base for value in entry["values"]])
         entry = measure([sum(of_seed) / len(gains) for of_seed in zip(*gains, strict=True)])
         told.append(f"{_role(record, model)} {entry['mean']:+.2%} ± {entry['std']:.2%}")

@@ -33,8 +33,9 @@ def configure(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from ..hub import is_text_model, resolve
 
+    check_output(arguments.output, folder := resolve(arguments.model))
     with quiet_libraries():
-        if is_text_model(folder := resolve(arguments.model)):
+        if is_text_model(folder):
             if arguments.fold or len(arguments.tasks) > 1:
                 raise UsageError("of an adapter expected one task and no --fold")
             told = extract_adapter(folder, arguments.tasks[0], arguments.output, arguments.merge)
@@ -49,6 +50,15 @@ def run(arguments: argparse.Namespace) -> None:
         f"wrote {arguments.output}: {', '.join(told['tasks'])} with {told['parameters']:,} of "
         f"{told['parameters_of_all']:,} parameters"
     )
+
+
+def check_output(output: str | Path, folder: Path) -> None:
+    """Raises before any work where the output is the model itself, or a folder of something else."""
+    from ..files import require_replaceable
+
+    if Path(output).resolve() == folder.resolve():
+        raise UsageError(f"--output: expected another folder than the model's own, found {output}")
+    require_replaceable(Path(output))
 
 
 def extract(model: str | Path, tasks: list[str], output: str | Path, fold: bool = False) -> dict[str, Any]:

@@ -85,12 +85,13 @@ def _reads_pictures(folder: Path) -> bool:
 
 def _pictures(folder: Path, inputs: list[str], arguments: argparse.Namespace) -> None:
     from ..training.image_predict import WINDOWS, predict_files
+    from ..training.saved import batch_size_of
 
     if arguments.output is None:
         raise UsageError("--output: expected a picture, a .npy file or a folder for what is drawn, found none")
     if arguments.keep or arguments.max_new_tokens:
         raise UsageError("--keep is for rows of a table, --max-new-tokens for language models; this one reads pictures")
-    batch_size = arguments.batch_size or WINDOWS
+    batch_size = arguments.batch_size or min(WINDOWS, batch_size_of(folder))
     with quiet_libraries():
         written = predict_files(folder, inputs, arguments.output, arguments.task, batch_size)
     shown = ", ".join([*map(str, written[:4]), *["..."] * (len(written) > 4)])

@@ -30,11 +30,12 @@ def configure(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from ..hub import is_text_model, resolve
-    from .extract import write_model
+    from .extract import check_output, write_model
 
     if arguments.keep is not None and arguments.theta is not None:
         raise UsageError("--keep and --theta are two rules: choose one of them")
     folder = resolve(arguments.model)
+    check_output(arguments.output, folder)
     if is_text_model(folder):
         raise UsageError(f"expected a model with sparse experts, found a language model or adapter in {folder}")
     with quiet_libraries():
@@ -71,10 +72,10 @@ def run(arguments: argparse.Namespace) -> None:
 def _pruned(folder: Any, arguments: argparse.Namespace) -> Any:
     """The smaller model and what it lost."""
     from .. import pathway
-    from ..data import is_images
+    from ..data import VisionProcessor, is_images
     from ..models import AutoModelForMultiTask
     from ..tasks import check_task_names
-    from ..training.run import load_data
+    from ..training.run import encoded, load_data
     from ..training.saved import recipe_of
 
     recipe = recipe_of(folder, arguments.overrides)
@@ -82,7 +83,8 @@ def _pruned(folder: Any, arguments: argparse.Namespace) -> Any:
         raise UsageError(f"expected a model for pictures, whose experts are chosen, found one of {recipe.data.name}")
     model = AutoModelForMultiTask.from_pretrained(folder)
     names = check_task_names(arguments.tasks, model.tasks)
-    rows: Any = load_data(recipe).parts()[arguments.split]
+    processor = VisionProcessor.from_pretrained(folder).for_tasks(names)
+    rows: Any = encoded(load_data(recipe).parts()[arguments.split], processor)
     options: dict[str, Any] = {"batch_size": recipe.train.eval_batch_size}
     if arguments.theta is not None:
         options |= {"rule": "mod_squad", "theta": arguments.theta}

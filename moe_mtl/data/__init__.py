@@ -155,7 +155,12 @@ def _told(hint: Any, plural: bool = False) -> str:
         return " or ".join(dict.fromkeys(_told(one, plural) for one in arguments if one not in (type(None), Path)))
     if origin in (tuple, Sequence):
         return f"a list of {_told(arguments[0], plural=True)}"
-    words = {str: ("a text", "texts"), int: ("an integer", "integers"), float: ("a number", "numbers")}
+    words = {
+        bool: ("true or false", "truths"),
+        str: ("a text", "texts"),
+        int: ("an integer", "integers"),
+        float: ("a number", "numbers"),
+    }
     return words.get(hint, ("a mapping", "mappings"))[plural]
 
 

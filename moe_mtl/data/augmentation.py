@@ -3,6 +3,7 @@
 Shapes: `B` pictures of a batch, `C` channels, `H`, `W` height and width in pixels.
 """
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -40,6 +41,10 @@ class Augmentation:
     brightness: float = 0.0
     contrast: float = 0.0
     noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if importlib.util.find_spec("kornia") is None:
+            raise DataError("augmentation needs kornia: pip install 'moe_mtl[vision]'")
 
     def __call__(
         self, pixels_BCHW: Tensor, labels: Mapping[str, Tensor], tasks: Sequence[Task], seed: int

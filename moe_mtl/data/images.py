@@ -93,7 +93,16 @@ class ImageTable(Dataset, ABC):
     def with_processor(self, processor: VisionProcessor) -> Self:
         """The same pictures for another processor, as `for_tasks` makes it: its tasks, its normalisation."""
         for task in processor.parsed_tasks:
-            self.processor.task(task.name)
+            own = self.processor.task(task.name)
+            told = [
+                (of.kind, of.num_outputs, by.classes.get(of.name), by.units.get(of.name))
+                for of, by in ((task, processor), (own, self.processor))
+            ]
+            if told[0] != told[1]:
+                raise DataError(
+                    f"task {task.name!r}: expected kind, outputs, classes and units {told[0]!r:.200}, as the model has "
+                    f"them, found those of the data, {told[1]!r:.200}"
+                )
         table = copy(self)
         table.processor = processor
         return table

@@ -50,11 +50,11 @@ def load(options: Options) -> ImageSplits:
     from . import load as load_one
 
     names = [part.get("name") for part in options.parts]
-    if len(names) < 2 or len(set(names)) < len(names):
-        raise DataError(f"mixed: parts: expected two data sets or more, each once, found {names}")
     for name in names:
         if not isinstance(name, str) or name == "mixed" or not is_images(name):
             raise DataError(f"mixed: parts: expected data sets of pictures, found {name!r}")
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise DataError(f"mixed: parts: expected two data sets or more, each once, found {names}")
     loaded: dict[str, Any] = {}
     for part in options.parts:
         loaded[part["name"]] = load_one(part["name"], **{k: v for k, v in part.items() if k != "name"})

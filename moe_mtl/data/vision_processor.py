@@ -345,7 +345,7 @@ def _opened(path: Path) -> Image.Image:
 
 def _rgb(image: Image.Image, where: str) -> np.ndarray:
     _check_size(image.height, image.width, where)
-    if image.mode in ("I;16", "I", "F"):
+    if image.mode.startswith(("I", "F")):
         raise DataError(f"{where}: expected an image of 8 bits per colour, found mode {image.mode!r}")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:  # seen through: white
         image = image.convert("RGBA")

@@ -104,6 +104,7 @@ class ExpertStream:
         self.expert_bytes = expert_bytes
         self.lock = threading.Lock()
         self.slots: list[Slot] = []
+        self._process = os.getpid()
         self._reader: ThreadPoolExecutor | None = None
         self._side: Any = None
 
@@ -113,6 +114,8 @@ class ExpertStream:
     @contextlib.contextmanager
     def turn(self, device: torch.device) -> Iterator[None]:
         """One layer at a time has the slots; they are made when they are first needed."""
+        if self._process != os.getpid():  # a fork has neither the thread that reads nor anyone to give the lock back
+            self.__init__(self.expert_bytes)  # type: ignore[misc]
         with self.lock:
             if not self.slots or self.slots[0].device.device != device:
                 with torch.inference_mode(False):  # else they could not be written to outside of it
@@ -142,7 +145,8 @@ class ExpertStream:
         host = torch.empty(self.expert_bytes, dtype=torch.uint8, device="cpu", pin_memory=on_device)
         if not on_device:
             return Slot(host, host)
-        self._side = self._side or torch.cuda.Stream(device)
+        if self._side is None or self._side.device != device:
+            self._side = torch.cuda.Stream(device)
         held = torch.empty(self.expert_bytes, dtype=torch.uint8, device=device)
         self._side.wait_stream(torch.cuda.current_stream(device))  # which may still use what that memory was before
         return Slot(host, held)

@@ -1,4 +1,4 @@
-"""Loading a model without holding its experts."""
+"""Loading a model without holding the experts of its MLPs; those of attention are held."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -51,7 +51,9 @@ def load_offloaded(
     dtype = options.pop("dtype", None)
     if options:
         raise ValueError(f"offload_experts: expected no other option than dtype, found {', '.join(options)}")
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if dtype not in (None, "auto", torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype: expected float32, float64, bfloat16 or float16, found {dtype!r}")
     with torch.device("meta"):
         model = type(full)(config)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseExperts)}

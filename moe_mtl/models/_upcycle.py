@@ -15,12 +15,13 @@ dense MLP is what an even choice would give on average.
 Shapes: `D` width, `E` experts, `K` chosen, `F` hidden width of the dense MLP, `H` of an expert, `L` tokens.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..layers.moe import SparseMLP
 from ..layers.vit import MLP, SelfAttention
@@ -54,9 +55,17 @@ def check_backbone(backbone: PreTrainedConfig, config: Any) -> None:
 
 def backbone_config(name_or_model: Any) -> PreTrainedConfig:
     """The config of a backbone given by name, folder or object, before any of its weights is read."""
-    if isinstance(name_or_model, nn.Module):
-        return name_or_model.config  # type: ignore[return-value]
-    return AutoConfig.from_pretrained(name_or_model)
+    if isinstance(name_or_model, PreTrainedModel):
+        return name_or_model.config
+    if not isinstance(name_or_model, (str, Path)) or not str(name_or_model):
+        raise ValueError(
+            f"backbone: expected a folder, a name on the Hub or a model of transformers, found {name_or_model!r:.80}"
+        )
+    try:
+        return AutoConfig.from_pretrained(name_or_model)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"backbone: expected a folder or a name on the Hub, found {name_or_model}: {reason}") from None
 
 
 @torch.no_grad()

@@ -90,8 +90,8 @@ class VisionConfig(MultiTaskConfig):
                 f"hidden_size must be a multiple of num_attention_heads, found {self.hidden_size} and "
                 f"{self.num_attention_heads}"
             )
-        if not 0 < self.mlp_ratio * self.hidden_size <= MAX_WIDTH:
-            raise ValueError(f"mlp_ratio must give a width in (0, {MAX_WIDTH}], found {self.mlp_ratio}")
+        if not 1 <= self.mlp_ratio * self.hidden_size <= MAX_WIDTH:
+            raise ValueError(f"mlp_ratio must give a width in [1, {MAX_WIDTH}], found {self.mlp_ratio}")
         for name in ("dropout", "drop_path"):
             check_probability(name, getattr(self, name))
         if not 0 < self.layer_norm_eps < 1 or not 0 <= self.initializer_range < 1e6:

@@ -16,6 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ..layers.attention_experts import HeadExperts
+from ..layers.moe import SparseExperts
 from ..models import MultiTaskModel
 from ..tasks import check_task_names
 
@@ -172,6 +174,9 @@ class _Counter(TorchDispatchMode):
             place = (start, start + parameter.numel(), name)
             self.places.setdefault(parameter.untyped_storage()._cdata, []).append(place)
             self.shapes[name] = parameter.shape
+        # Of sparse experts, one after the other in each parameter; experts of other kinds are read whole.
+        banks = [name for name, module in model.named_modules() if isinstance(module, (SparseExperts, HeadExperts))]
+        self.stacked = {name for name in self.shapes if name.rpartition(".")[0] in banks}
         self.read: dict[str, Tensor] = {}  # which elements, by parameter
         self.looked_up: Counter[str] = Counter()  # elements, by parameter
         self.lookups: Counter[str] = Counter()  # rows, by part
@@ -218,7 +223,7 @@ class _Counter(TorchDispatchMode):
             read = int(self.read[name].sum()) if name in self.read else 0
             touched[part] += size if name in self.looked_up else read
             of_token = [k for layer, k in chosen.items() if name.startswith(f"{layer}.")]
-            if part == "experts" and of_token:  # stacked, one after the other
+            if name in self.stacked and of_token:
                 active[part] += size // self.shapes[name][0] * of_token[0]
             else:
                 active[part] += read or self.looked_up[name] // self.rows

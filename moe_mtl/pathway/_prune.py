@@ -32,7 +32,7 @@ class PruneReport:
         choices_lost: layer -> task -> share of its choices that fell on experts which are left out.
         parameters: before and after, the other tasks' being gone in both.
         difference: task -> largest and mean absolute difference of the logits.
-        loss: task -> mean over batches of the task's loss, before and after; for tasks that have labels.
+        loss: task -> mean over the batches with labels of it of the task's loss, before and after.
     """
 
     tasks: tuple[str, ...]
@@ -73,8 +73,8 @@ def prune(
     Args:
         model: with layers of sparse experts; left as it is.
         task: a name, or names.
-        data: batches, mappings of what the model's forward takes, `labels` included or not; or a data set whose slices
-            are such batches. It is gone through twice, without augmentation.
+        data: batches, mappings with `pixel_values`, and `labels` or not; or a data set whose slices are such batches.
+            It is gone through twice, without augmentation.
         rule, keep, theta: see above.
         batch_size: of slices of a data set.
 
@@ -99,9 +99,12 @@ def prune(
     if not isinstance(data, Dataset) and iter(data) is data:
         data = list(data)  # it would be empty the second time
     whole = model.extract_task(task)
+    if not hasattr(whole.config, "expert_blocks"):
+        raise ValueError(
+            f"expected a model whose blocks choose experts that are stacked (m3vit, mod_squad), found a "
+            f"{whole.config.model_type}"
+        )
     counts, selected = _usage(whole, data, batch_size)
-    if "experts_kept" not in whole.config.__dataclass_fields__:
-        raise ValueError(f"expected a config with experts_kept, found that of {whole.config.model_type}")
     chosen: dict[str, list[int]] = {}
     for layer, by_task in counts.items():
         if rule == "keep_mass":
@@ -158,7 +161,7 @@ def _batches(
         if not isinstance(batch, Mapping) or model.main_input_name not in batch:
             found = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
             raise ValueError(f"data: expected mappings with {model.main_input_name!r}, found {found}")
-        inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+        inputs = {model.main_input_name: batch[model.main_input_name].to(model.device)}
         labels = {task: value.to(model.device) for task, value in (batch.get("labels") or {}).items()}
         yield inputs, {task: labels[task] for task in model.tasks if task in labels}
 
@@ -189,7 +192,7 @@ def _compared(
     whole: MultiTaskModel, small: MultiTaskModel, data: Any, batch_size: int
 ) -> tuple[int, dict[str, tuple[float, float]], dict[str, tuple[float, float]]]:
     """Rows; task -> largest and mean difference of logits; task -> losses of both."""
-    rows = 0
+    rows, labelled = 0, {task.name: task for task in whole.config.parsed_tasks}
     largest, total, number = (dict.fromkeys(whole.tasks, 0.0) for _ in range(3))
     losses: dict[str, list[tuple[float, float]]] = {}
     for inputs, labels in _batches(whole, data, batch_size):
@@ -201,6 +204,8 @@ def _compared(
             total[task] += float(apart.sum())
             number[task] += apart.numel()
         for task in labels:
+            if not bool(labelled[task].labelled(labels[task]).any()):
+                continue
             losses.setdefault(task, []).append((float(outs[0].task_losses[task]), float(outs[1].task_losses[task])))
     difference = {task: (largest[task], total[task] / number[task]) for task in whole.tasks}
     means = {task: [sum(values) / len(pairs) for values in zip(*pairs, strict=True)] for task, pairs in losses.items()}

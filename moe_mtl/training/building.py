@@ -99,7 +99,7 @@ def _grown(saved: Processor, fitted: Processor, added: list[str]) -> Processor:
             )
         classes = {name: of for name, of in fitted.classes.items() if name in added} | saved.classes
         units = {name: of for name, of in fitted.units.items() if name in added} | saved.units
-        return VisionProcessor(saved.image_size, tasks, classes, units, saved.image_mean, saved.image_std, fitted.fit)
+        return VisionProcessor(saved.image_size, tasks, classes, units, saved.image_mean, saved.image_std, saved.fit)
     assert isinstance(saved, TabularProcessor)
     assert isinstance(fitted, TabularProcessor)
     labels = {task.name: saved.labels[task.name] if task in old else fitted.labels[task.name] for task in tasks}

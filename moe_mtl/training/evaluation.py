@@ -28,7 +28,8 @@ class Evaluation:
 
     Attributes:
         metrics: task -> metric -> value.
-        loss: sum over tasks of weight x mean loss over the counted rows of the whole split, without regularisers.
+        loss: sum over tasks of weight x mean loss over the counted rows of the whole split, without regularisers; the
+            classes of saliency are balanced within each batch.
         task_losses: that mean loss by task; of a dense task over the counted pixels.
         logits: task -> `[N, C]`, on the CPU; maps are not kept.
         labels: of the same tasks, as the table has them.

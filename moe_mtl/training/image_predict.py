@@ -62,8 +62,9 @@ def predict_picture(
     Dense tasks: where the photograph is larger than the model's input, windows of that size cover it, each overlapping
     the next by half or more, so that the model sees the scale that it was trained on. What is blended is the tasks'
     own quantity (probabilities, unit vectors, depth), weighed by a window that falls to its border as a cosine does. A
-    smaller photograph is enlarged first, with its proportions, until it holds one window. Other tasks: the photograph
-    as a whole, fitted to the model's input as in training.
+    smaller photograph is enlarged first, with its proportions, until it holds one window. A model whose processor pads
+    sees the photograph once and whole, as in training. Other tasks: the photograph as a whole, fitted to the model's
+    input as in training.
 
     Args:
         model: of pictures; computes in evaluation mode.
@@ -100,7 +101,7 @@ def predict_picture(
 
 def count_windows(processor: VisionProcessor, height: int, width: int) -> int:
     """How many windows a photograph takes."""
-    return len(_corners(processor, *_scaled(processor, height, width)))
+    return 1 if processor.fit == "pad" else len(_corners(processor, *_scaled(processor, height, width)))
 
 
 def _maps(
@@ -113,6 +114,17 @@ def _maps(
 ) -> dict[str, np.ndarray]:
     """Predictions of dense tasks at the photograph's own size."""
     size = pixels_HWC.shape[:2]
+    if processor.fit == "pad":
+        logits = _logits(model, processor(pixels_HWC)["pixel_values"], tasks)
+        at = processor.placement(*size)
+        inside = (..., slice(at.top, at.top + at.height), slice(at.left, at.left + at.width))
+        advance(1)
+        out = {}
+        for name in tasks:
+            predicted = processor.task(name).predict(logits[name])
+            map_CHW = predicted[0] if predicted.dim() == 4 else predicted
+            out[name] = _finished(processor, name, map_CHW[inside], size)
+        return out
     scaled = _scaled(processor, *size)
     values_1CHW = processor(pixels_HWC, resize=False)["pixel_values"]
     if scaled != size:

@@ -38,7 +38,7 @@ class MultiTaskTrainer(CrashSafeTrainer):
     """Trains any model of the zoo on encoded rows or on pictures.
 
     What `transformers.Trainer` does through its arguments stays. What differs: batches come from a table by index, in
-    an order given by the seed and the epoch; the optimiser is fused AdamW or Adam; `evaluate` computes every metric
+    an order given by the seed and the epoch; the optimiser is a fused one; `evaluate` computes every metric
     once over the whole split; a loss that is not finite stops the run and names the task; checkpoints appear by rename
     and carry hashes, and resuming from an incomplete one is refused.
 

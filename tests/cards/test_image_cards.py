@@ -201,3 +201,10 @@ def test_pruning_that_cannot_be(zoo, tmp_path, capsys, arguments, message):
     assert cli.main(["prune", *arguments, "--output", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_is_not_overwritten_by_what_is_taken_from_it(zoo, capsys):
+    for command in ("extract", "prune"):
+        assert cli.main([command, str(zoo / "m3vit-tiles"), "edges", "--output", str(zoo / "m3vit-tiles")]) == 2
+        assert "expected another folder than the model's own" in capsys.readouterr().err
+    assert AutoModelForMultiTask.from_pretrained("m3vit-tiles").tasks == ["edges", "segments"]

@@ -220,3 +220,19 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path):
         images.__getitems__([0])
     with pytest.raises(ValueError, match="labels: expected those of task 'depth', found none"):
         FileImages([], str, {}, VisionProcessor([4, 6], TASKS[1:2]))
+
+
+def test_a_task_of_the_same_name_with_other_classes_is_another_task():
+    size, names = [8, 8], ["a", "b", "c"]
+    own = VisionProcessor(size, [Task("parts", "segmentation", 3)], {"parts": names})
+    table = TensorImages(
+        torch.zeros(2, 3, 8, 8, dtype=torch.uint8), {"parts": torch.zeros(2, 8, 8, dtype=torch.int64)}, own
+    )
+    for other in (
+        VisionProcessor(size, [Task("parts", "segmentation", 3)], {"parts": ["a", "b", "d"]}),
+        VisionProcessor(size, [Task("parts", "segmentation", 4)]),
+        VisionProcessor(size, [Task("parts", "depth")]),
+    ):
+        with pytest.raises(DataError, match="task 'parts': expected kind, outputs, classes and units"):
+            table.with_processor(other)
+    assert table.with_processor(own).tasks == table.tasks

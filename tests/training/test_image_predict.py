@@ -205,3 +205,24 @@ def test_extract_keeps_the_processor_of_one_task(folder, photos, capsys):
         output = str(photos / f"{name}.npy")
         assert cli.main(["predict", str(path), str(photos / "b.png"), "--task", "edges", "--output", output]) == 0
     np.testing.assert_array_equal(np.load(photos / "all.npy"), np.load(photos / "one.npy"))
+
+
+def test_a_model_that_pads_sees_a_picture_as_evaluation_does():
+    """Small pictures stay at their scale on black, larger ones are shrunk; the answer is cut out and has their size."""
+    tasks = [Task("depth", "depth"), Task("normals", "normals", 3)]
+    processor = VisionProcessor([24, 32], tasks, fit="pad")
+    cls = model_class("multi_task_vit")
+    fields = {"image_size": [24, 32], "tasks": processor.tasks, "hidden_size": 12, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    model = cls(cls.config_class(**fields, num_attention_heads=2, decoder_dim=4, decoder_stages=1)).eval()
+    small = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
+    found = predict_picture(model, processor, small)
+    with torch.no_grad():
+        whole = processor.decode(model(**processor(small)).logits)
+    at = processor.placement(12, 20)
+    assert at[2:] == (12, 20)
+    for task, answer in found.items():
+        expected = whole[task][0][..., at.top : at.top + 12, at.left : at.left + 20]
+        np.testing.assert_allclose(answer, expected, atol=1e-5)
+    large = np.random.default_rng(0).integers(0, 256, (60, 64, 3), np.uint8)
+    assert predict_picture(model, processor, large)["depth"].shape == (60, 64)
