@@ -75,16 +75,22 @@ def paired_bootstrap(
     resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
+    groups_B: np.ndarray | None = None,
 ) -> Difference:
     """Difference of two statistics over the same rows, seeds averaged, with its percentile interval (Efron 1979).
 
-    A resample that a statistic cannot judge (one class only) is left out.
+    Rows of one group, numbered from 0, are drawn together: tiles of one photograph are no independent draws, and an
+    interval that took them for such would be too narrow. A resample that a statistic cannot judge (one class only) is
+    left out.
     """
     generator = np.random.default_rng(seed)
+    groups_B = np.arange(num_rows) if groups_B is None else groups_B
+    drawn = int(groups_B.max()) + 1
     mean = float((model(np.ones(num_rows)) - baseline(np.ones(num_rows))).mean())
     differences_R = np.empty(resamples)
     for r in range(resamples):
-        counts_B = np.bincount(generator.integers(num_rows, size=num_rows), minlength=num_rows).astype(np.float64)
+        counts = np.bincount(generator.integers(drawn, size=drawn), minlength=drawn).astype(np.float64)
+        counts_B = counts[groups_B]
         differences_R[r] = model(counts_B).mean() - baseline(counts_B).mean()
     tail = (1 - confidence) / 2
     low, high = np.nanquantile(differences_R, [tail, 1 - tail])

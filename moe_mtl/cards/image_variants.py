@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..training.recipe import RecipeError
 from . import variants as tables
-from .bootstrap import Statistic, mean_statistic
+from .bootstrap import Statistic
 from .variants import Trained, Variant, files, measured_tasks
 
 if TYPE_CHECKING:
@@ -136,8 +136,8 @@ def statistics(task: "Task", answers: list[Answers]) -> tuple[Statistic, int] | 
     if not task.dense:
         if task.reported_metrics[0] != "accuracy":
             return None
-        counted_B = rows[0][:, 1] > 0
-        return mean_statistic(np.stack([values[counted_B, 0] for values in rows])), int(counted_B.sum())
+        right_SB, counted_B = np.stack([values[:, 0] for values in rows]), rows[0][:, 1]
+        return lambda counts_B: right_SB @ counts_B / (counted_B @ counts_B), len(counted_B)
     meter = DenseMetrics(task).meters[0]
     metric = task.reported_metrics[0]
 

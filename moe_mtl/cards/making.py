@@ -6,6 +6,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 from ..files import staged_folder
 from ..hub import Checkpoint, file_sha256, write_manifest, zoo_folder
 from ..training.recipe import load_recipe
@@ -113,7 +115,7 @@ def make(
         "rows": rows,
         "single_task_cost": kind.task_costs(best, tasks),
         "comparison": _comparison(kind, tasks, trained, splits.test, own.train.eval_batch_size),
-        "bootstrap": {"resamples": RESAMPLES, "confidence": CONFIDENCE},
+        "bootstrap": {"resamples": RESAMPLES, "confidence": CONFIDENCE, **_groups_of(splits.test)},
         "wall_s": round(sum(one.wall_s for variant in trained.values() for one in variant), 1),
         "hardware": hardware(),
         "budget": budget,
@@ -165,6 +167,12 @@ def _family(kind: Any, own: Any) -> dict[str, str]:
     return {"family": "vision model"} if kind is image_variants else {}
 
 
+def _groups_of(rows: Any) -> dict[str, int]:
+    """How many pictures the rows were cut from, where that was said."""
+    groups_N = getattr(rows, "groups_N", None)
+    return {} if groups_N is None else {"groups": len(groups_N.unique())}
+
+
 def best_seed(validation: list[dict[str, dict[str, float]]]) -> int:
     """Position of the run whose primary metrics, each task's first, are best on average."""
 
@@ -208,6 +216,8 @@ def _comparison(
     kind: Any, tasks: list[Any], trained: dict[str, list[Trained]], rows: Any, batch_size: int
 ) -> list[dict[str, Any]]:
     own, *baselines = trained
+    groups_B = getattr(rows, "groups_N", None)
+    groups_B = None if groups_B is None else groups_B.numpy()
     found: list[dict[str, Any]] = []
     if not baselines:
         return found
@@ -215,10 +225,14 @@ def _comparison(
     for task in tasks:
         judged = {variant: kind.statistics(task, answers[variant]) for variant in trained}
         metric = next(iter(trained[own][0].metrics["test"][task.name]))
+        if groups_B is not None and len(np.unique(groups_B[rows.present(task.name).numpy()])) < 2:
+            continue  # labelled in one photograph alone: nothing says how another one would be
         for baseline in baselines:
             mine, theirs = judged[own], judged[baseline]
             if mine is not None and theirs is not None:
-                difference = paired_bootstrap(mine[0], theirs[0], mine[1], resamples=RESAMPLES, confidence=CONFIDENCE)
+                difference = paired_bootstrap(
+                    mine[0], theirs[0], mine[1], resamples=RESAMPLES, confidence=CONFIDENCE, groups_B=groups_B
+                )
                 found.append({"baseline": baseline, "task": task.name, "metric": metric, **vars(difference)})
     return found
 

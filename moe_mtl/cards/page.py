@@ -239,9 +239,11 @@ def _comparison(record: Mapping[str, Any]) -> str:
         what = f"{entry['task']} {_named(entry['metric'])}"
         rows.append([f"{baseline}, {what}", _signed(entry["mean"]), interval, verdict(entry)])
     bootstrap = record["bootstrap"]
+    groups = bootstrap.get("groups")
+    drawn = "the rows" if groups is None else f"the {groups} photographs that the rows were cut from"
     text = (
         "Difference to each baseline on the same test rows: paired bootstrap, "
-        f"{bootstrap['resamples']:,} resamples of the rows, seeds averaged, {bootstrap['confidence']:.0%} interval."
+        f"{bootstrap['resamples']:,} resamples of {drawn}, seeds averaged, {bootstrap['confidence']:.0%} interval."
     )
     told = "\n".join(f"- {line}" for line in _verdicts(record))
     return f"{text}\n\n{table(['baseline', 'difference', 'interval', 'verdict'], rows)}\n\n{told}"

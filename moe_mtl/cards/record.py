@@ -48,7 +48,7 @@ SCHEMA: dict[str, Any] = {
     ],
     "single_task_cost": {"*": {**COST, "experts?": {"kept": [int], "of": int}}},
     "comparison": [{"baseline": str, "task": str, "metric": str, **DIFFERENCE}],
-    "bootstrap": {"resamples": int, "confidence": NUMBER},
+    "bootstrap": {"resamples": int, "confidence": NUMBER, "groups?": int},  # groups: of rows drawn together
     "tolerance?": {"*": NUMBER},  # of older records; it follows from the values now
     "wall_s": NUMBER,
     "hardware": str,

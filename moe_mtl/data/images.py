@@ -143,6 +143,7 @@ class TensorImages(ImageTable):
         augmentation: what is changed in training.
         clean_N3HW: uint8, what the changes of training begin with instead: pictures to which noise is added anew.
         seed: of the changes.
+        groups_N: of each picture the number, from 0, of the larger one that it was cut from; None if each is whole.
 
     Raises:
         ValueError: pictures or labels of another shape or type, by name.
@@ -156,6 +157,7 @@ class TensorImages(ImageTable):
         augmentation: Augmentation | None = None,
         clean_N3HW: Tensor | None = None,
         seed: int = 0,
+        groups_N: Tensor | None = None,
     ):
         super().__init__(processor, augmentation, seed)
         expected = (len(pixels_N3HW), 3, *processor.image_size)
@@ -170,6 +172,7 @@ class TensorImages(ImageTable):
                     f"labels of task {task.name!r}: expected {len(pixels_N3HW)}, found {len(labels[task.name])}"
                 )
         self.pixels_N3HW, self.labels, self.clean_N3HW = pixels_N3HW, dict(labels), clean_N3HW
+        self.groups_N = groups_N
 
     def __len__(self) -> int:
         return len(self.pixels_N3HW)
@@ -185,6 +188,7 @@ class TensorImages(ImageTable):
         table = copy(self)
         table.pixels_N3HW = self.pixels_N3HW[rows]
         table.clean_N3HW = None if self.clean_N3HW is None else self.clean_N3HW[rows]
+        table.groups_N = None if self.groups_N is None else self.groups_N[rows].unique(return_inverse=True)[1]
         table.labels = {name: values[rows] for name, values in self.labels.items()}
         return table
 

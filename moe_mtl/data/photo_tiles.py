@@ -114,14 +114,15 @@ def load(options: Options) -> ImageSplits:
         columns = slice(*MOTORCYCLE[part])
         region = {key: v[:, columns] if key == "pixels" else v[..., columns] for key, v in motorcycle.items()}
         tiles.append(_tiles(region, options, part == "train"))
+        groups_N = torch.arange(len(tiles)).repeat_interleave(torch.tensor([len(one["pixels"]) for one in tiles]))
         joined = {key: np.concatenate([one[key] for one in tiles]) for key in tiles[0]}
         clean = joined.pop("pixels")
         pixels = _noisy(clean, options.noise, number)
         content += [pixels, *(_rounded(joined[task]) for task in TASKS)]
         labels = {task: torch.from_numpy(joined[task]) for task in tasks}
         # Training begins with the tile before the noise, and draws its own.
-        extra = (augmentation, torch.from_numpy(clean)) if part == "train" else ()
-        parts[part] = TensorImages(torch.from_numpy(pixels), labels, processor, *extra)
+        changes, start = (augmentation, torch.from_numpy(clean)) if part == "train" else (None, None)
+        parts[part] = TensorImages(torch.from_numpy(pixels), labels, processor, changes, start, groups_N=groups_N)
     info = {
         "name": "photo-tiles",
         "licence": "public domain, CC0-1.0 or no known restrictions; china, flower: CC-BY-2.0; motorcycle: Middlebury",

@@ -42,7 +42,7 @@ class Choice:
 
 class TaskRouter(nn.Module):
     """Chooses `K` of `E` experts for each token of each task: softmax over all experts, then the K highest, whose
-    weights are not renormalised.
+    weights are not renormalised unless `norm_topk_prob` says so.
 
     M³ViT (Fan et al., NeurIPS 2022, section 3.2) has one gate per task, `s = softmax(W_t x)`, or one gate that also
     reads a condition of the task, `s = softmax(W [x; z_t])`; the same two as in "Sparsely Activated Mixture-of-Experts
@@ -61,6 +61,9 @@ class TaskRouter(nn.Module):
         z_weight: of the z-loss.
         information_weight: of Mod-Squad's mutual-information loss.
         zero_start: gates that start at zero choose evenly, as Mod-Squad's; else Kaiming-uniform, as M³ViT's.
+        norm_topk_prob: weights of the K chosen are divided by their sum (Shazeer et al., "Outrageously Large Neural
+            Networks", ICLR 2017, equation 3). The few that are chosen of many hold a small share of the softmax at
+            first, and that much slower does a model learn that starts without pre-trained weights.
         kept: numbers of the experts that are stored, of `num_experts`. The others are never chosen; the softmax still
             counts them, so that to leave out what was never chosen changes nothing. None for all.
 
@@ -82,12 +85,13 @@ class TaskRouter(nn.Module):
         z_weight: float = 0.0,
         information_weight: float = 0.0,
         zero_start: bool = False,
+        norm_topk_prob: bool = False,
         kept: Sequence[int] | None = None,
     ):
         super().__init__()
         self.num_experts, self.num_selected, self.noise_std = num_experts, num_selected, noise_std
         self.balance_weight, self.z_weight, self.information_weight = balance_weight, z_weight, information_weight
-        self.zero_start = zero_start
+        self.zero_start, self.norm_topk_prob = zero_start, norm_topk_prob
         self.kept = None if kept is None else list(kept)
         self.gates = self.gate = None
         if gate == "multi_gate":
@@ -126,7 +130,10 @@ class TaskRouter(nn.Module):
     def _chosen(self, probabilities_TNE: Tensor) -> tuple[Tensor, Tensor]:
         stored_TNE = probabilities_TNE if self.kept is None else probabilities_TNE[..., self.kept]
         indices_TNK = highest(stored_TNE.detach(), self.num_selected)
-        return indices_TNK, stored_TNE.gather(-1, indices_TNK)
+        weights_TNK = stored_TNE.gather(-1, indices_TNK)
+        if self.norm_topk_prob:
+            weights_TNK = weights_TNK / weights_TNK.sum(-1, keepdim=True)
+        return indices_TNK, weights_TNK
 
     def _losses(
         self,

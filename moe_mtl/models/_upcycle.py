@@ -10,7 +10,8 @@ the dense MLP again, an expert's output layer is scaled by `E G / K` and its bia
 `K / G` times, and the bias comes in `K` times. That is exact where the gates are even and the chosen hold every slice
 equally often, as gates that start at zero do; and for whole copies (`G = 1`) the answer is the dense one times
 `E / K sum_k s_k`, whatever the gates. Gates that start at random are uneven, and may choose a slice twice: then the
-dense MLP is what an even choice would give on average.
+dense MLP is what an even choice would give on average. Gates with `norm_topk_prob` have even weights of `1 / K`, and
+`E / K` above becomes 1.
 
 Shapes: `D` width, `E` experts, `K` chosen, `F` hidden width of the dense MLP, `H` of an expert, `L` tokens.
 """
@@ -122,7 +123,7 @@ def upcycle(mlp: SparseMLP, up: nn.Linear, down: nn.Linear) -> None:
             f"a multiple of it, found {hidden} and {router.num_selected} * {hidden}"
         )
     slices = inner // hidden
-    even = router.num_experts / router.num_selected
+    even = 1.0 if router.norm_topk_prob else router.num_experts / router.num_selected
     for stored, e in enumerate(router.kept or range(router.num_experts)):
         units = slice(e % slices * hidden, (e % slices + 1) * hidden)
         experts.w_up[stored].copy_(up.weight[units])

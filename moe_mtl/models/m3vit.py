@@ -50,6 +50,8 @@ class M3ViTConfig(VisionConfig):
         noise_std: of the noise on a gate's logits in training; 0 in the published recipe.
         balance_weight: of the balance loss, 0.01 in the paper.
         z_weight: of the z-loss.
+        norm_topk_prob: whether the weights of the chosen experts are divided by their sum; not in the paper, whose
+            models start from pre-trained weights.
         experts_kept: by block, which of the `num_experts` are stored; the others are never chosen. Written by
             `pathway.prune`.
     """
@@ -64,6 +66,7 @@ class M3ViTConfig(VisionConfig):
     noise_std: float | int = 0.0
     balance_weight: float | int = 0.01
     z_weight: float | int = 0.0
+    norm_topk_prob: bool = False
     experts_kept: dict[str, list[int]] | None = None
 
     def validate_experts(self) -> None:
@@ -128,6 +131,7 @@ class M3ViTForMultiTask(VisionModel):
             noise_std=c.noise_std,
             balance_weight=c.balance_weight,
             z_weight=c.z_weight,
+            norm_topk_prob=c.norm_topk_prob,
             kept=kept,
         )
         experts = SparseExperts(c.num_experts if kept is None else len(kept), c.hidden_size, c.expert_dim)

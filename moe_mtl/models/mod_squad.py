@@ -71,6 +71,7 @@ class ModSquadConfig(VisionConfig):
         z_weight: of the z-loss; 0 in the paper's recipe.
         zero_start: whether gates start at zero, as the paper's, so that all tokens choose the first experts; else as
             M³ViT's.
+        norm_topk_prob: whether the weights of the chosen experts are divided by their sum; not in the paper.
         experts_kept: by block, which experts of its attention or MLP are stored; the others are never chosen. Written
             by `pathway.prune`.
     """
@@ -88,6 +89,7 @@ class ModSquadConfig(VisionConfig):
     balance_weight: float | int = 0.0
     z_weight: float | int = 0.0
     zero_start: bool = True
+    norm_topk_prob: bool = False
     experts_kept: dict[str, list[int]] | None = None
 
     def validate_experts(self) -> None:
@@ -167,6 +169,7 @@ class ModSquadForMultiTask(VisionModel):
             z_weight=c.z_weight,
             information_weight=c.information_weight,
             zero_start=c.zero_start,
+            norm_topk_prob=c.norm_topk_prob,
             kept=kept,
         )
         return router, num_experts if kept is None else len(kept)

@@ -25,6 +25,9 @@ BYTES = 2**21
 # then a product takes as long as it takes to read the weights.
 SLOTS_PER_COPY = 2
 FREE_SLOTS = 16
+# With more rows than this an expert's product is fast by itself, and slots may only be a few more than the copies.
+MANY_ROWS = 128
+SLOTS_PER_COPY_OF_MANY = 1.1
 
 
 @dataclass
@@ -212,7 +215,8 @@ def _worth(counts: list[int]) -> bool:
     busiest, copies = max(counts), sum(counts)
     if len(counts) == 1 or not copies:
         return False
-    if len(counts) * busiest <= SLOTS_PER_COPY * copies:
+    most = SLOTS_PER_COPY if busiest <= MANY_ROWS else SLOTS_PER_COPY_OF_MANY
+    if len(counts) * busiest <= most * copies:
         return True
     return busiest <= FREE_SLOTS and 2 * sum(n > 0 for n in counts) >= len(counts)
 

@@ -57,6 +57,17 @@ def test_the_interval_of_a_mean_agrees_with_theory():
     assert found == paired_bootstrap(mean_statistic(values), mean_statistic(np.zeros(2000)), 2000)
 
 
+def test_rows_of_a_group_are_drawn_together():
+    """Ten rows that are the same thing ten times say no more than one."""
+    values = np.random.default_rng(0).normal(size=500)
+    once = paired_bootstrap(mean_statistic(values), mean_statistic(np.zeros(500)), 500)
+    repeated, groups = values.repeat(10), np.arange(500).repeat(10)
+    together = paired_bootstrap(mean_statistic(repeated), mean_statistic(np.zeros(5000)), 5000, groups_B=groups)
+    np.testing.assert_allclose(list(vars(together).values()), list(vars(once).values()), rtol=1e-9)
+    apart = paired_bootstrap(mean_statistic(repeated), mean_statistic(np.zeros(5000)), 5000)
+    assert apart.ci_high - apart.ci_low < 0.5 * (once.ci_high - once.ci_low)
+
+
 @pytest.mark.parametrize(
     ("labels", "scores", "message"),
     [

@@ -88,6 +88,10 @@ def test_baselines_are_dense_for_all_tasks_and_for_each(zoo):
     for entry in record["comparison"]:
         means = [rows[m]["metrics"][entry["task"]][entry["metric"]]["mean"] for m in ("m3vit", entry["baseline"])]
         assert entry["mean"] == pytest.approx(means[0] - means[1], abs=1e-6)  # from totals by picture, and from the run
+    assert record["bootstrap"]["groups"] == 3  # which the few tiles are from
+    assert (
+        "resamples of the 3 photographs that the rows were cut from" in (zoo / "m3vit-tiles" / "README.md").read_text()
+    )
     gains = []
     for task, metric in (("edges", "ods_f"), ("segments", "mean_iou")):
         base = rows["single_task"]["metrics"][task][metric]["mean"]
@@ -172,6 +176,18 @@ def test_statistics_are_the_metrics_of_resampled_pictures(zoo):
         assert rows == TILES
         expected = found[task.name][task.reported_metrics[0]]
         np.testing.assert_allclose(statistic(counts.astype(float)), [expected, expected], atol=1e-5)
+
+
+def test_what_is_labelled_in_one_photograph_alone_is_not_compared(zoo):
+    """Resamples of it are all alike: the interval would be a point."""
+    splits = photo_tiles.load(photo_tiles.Options(tasks=("edges", "segments")))
+    metrics = {task.name: {task.reported_metrics[0]: 0.0} for task in splits.tasks}
+    trained = image_variants.Trained({"all": zoo / "m3vit-tiles"}, {"test": metrics}, 0.0)
+    rows = splits.test.select(torch.arange(TILES))
+    rows.labels["edges"] = rows.labels["edges"].clone()
+    rows.labels["edges"][rows.groups_N > 0] = torch.nan
+    found = making._comparison(image_variants, splits.tasks, {"a": [trained], "b": [trained]}, rows, 8)
+    assert [entry["task"] for entry in found] == ["segments"]
 
 
 def test_pruning_by_command(zoo, tmp_path, capsys):

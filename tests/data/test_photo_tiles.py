@@ -31,6 +31,18 @@ def test_parts_hold_different_photographs():
         assert start - end >= FURTHEST  # as far as a label looks
 
 
+def test_every_tile_knows_its_photograph():
+    splits = load("photo-tiles", max_tiles=3)
+    for part in PHOTOGRAPHS:
+        table = getattr(splits, part)
+        assert torch.equal(table.groups_N.unique(), torch.arange(len(PHOTOGRAPHS[part]) + 1))
+        assert table.groups_N.bincount().max() <= 3
+        # The motorcycle comes last, and only it is measured.
+        assert torch.equal(table.present("disparity"), table.groups_N == len(PHOTOGRAPHS[part]))
+    chosen = splits.test.select(splits.test.groups_N >= 2)
+    assert torch.equal(chosen.groups_N.unique(), torch.arange(len(PHOTOGRAPHS["test"]) - 1))
+
+
 def test_sizes_and_shares():
     splits = tiles()
     assert splits.info["rows"] == {"train": 864, "validation": 202, "test": 244}

@@ -1,6 +1,7 @@
 """Blocks, heads, routers and sparse MLPs held to their equations, in float64."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -154,17 +155,18 @@ def expert_reference(x_D: Tensor, experts: SparseExperts, e: int) -> Tensor:
     return experts.w_down[e] @ gelu(experts.w_up[e] @ x_D + experts.b_up[e]) + experts.b_down[e]
 
 
-def layer_of(gate: str = "multi_gate", kept: list[int] | None = None, **weights: float) -> SparseMLP:
+def layer_of(gate: str = "multi_gate", kept: list[int] | None = None, **weights: Any) -> SparseMLP:
     router = TaskRouter(D, E, K, TASKS, gate=gate, condition_dim=4, kept=kept, **weights)
     stored = E if kept is None else len(kept)
     return filled(SparseMLP("blocks.1", router, SparseExperts(stored, D, H), (1, L - 1)))
 
 
+@pytest.mark.parametrize("norm_topk_prob", [False, True])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("gate", ["multi_gate", "task_conditioned"])
-def test_sparse_mlp_is_the_papers_equation(gate: str, shared: bool) -> None:
-    """Softmax over all experts, the K highest, not renormalised; each task by its own gate or condition."""
-    layer = layer_of(gate).eval()
+def test_sparse_mlp_is_the_papers_equation(gate: str, shared: bool, norm_topk_prob: bool) -> None:
+    """Softmax over all experts, the K highest, renormalised only if asked; each task by its own gate or condition."""
+    layer = layer_of(gate, norm_topk_prob=norm_topk_prob).eval()
     conditions = filled(TaskConditions(TASKS, 4), seed=3)
     x_TBLD = tokens(1 if shared else T, B, L, D)
     condition_TP = conditions(TASKS) if gate == "task_conditioned" else None
@@ -186,7 +188,8 @@ def test_sparse_mlp_is_the_papers_equation(gate: str, shared: bool) -> None:
                 )
                 s = logits.exp() / logits.exp().sum()
                 chosen = sorted(range(E), key=lambda e: -s[e].item())[:K]
-                expected[t, b, i] = sum(s[e] * expert_reference(x_D, layer.experts, e) for e in chosen)
+                total = sum(s[e] for e in chosen) if norm_topk_prob else 1.0
+                expected[t, b, i] = sum(s[e] / total * expert_reference(x_D, layer.experts, e) for e in chosen)
                 record = found.routing[0]
                 assert record.indices[task][b * L + i].tolist() == chosen
                 torch.testing.assert_close(record.weights[task][b * L + i], s.detach())

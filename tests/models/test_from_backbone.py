@@ -107,21 +107,26 @@ def dense(x_ND: Tensor, up: torch.nn.Linear, down: torch.nn.Linear) -> Tensor:
     return down(F.gelu(up(x_ND)))
 
 
-def layer_of(experts: int, selected: int, hidden: int, kept: list[int] | None = None) -> SparseMLP:
-    router = TaskRouter(12, experts, selected, ["depth"], kept=kept, zero_start=True)
+def layer_of(
+    experts: int, selected: int, hidden: int, kept: list[int] | None = None, norm_topk_prob: bool = False
+) -> SparseMLP:
+    router = TaskRouter(12, experts, selected, ["depth"], kept=kept, zero_start=True, norm_topk_prob=norm_topk_prob)
     layer = SparseMLP("blocks.1", router, SparseExperts(len(kept or range(experts)), 12, hidden)).double().eval()
     router.initialise(0.0)
     return layer
 
 
+@pytest.mark.parametrize("norm_topk_prob", [False, True])
 @pytest.mark.parametrize(
     ("experts", "selected", "hidden", "kept"),
     [(6, 2, 12, None), (8, 4, 6, None), (5, 4, 12, None), (4, 1, 24, None), (6, 3, 24, None), (6, 2, 12, [2, 3, 5])],
 )
-def test_even_gates_give_the_dense_mlp_again(experts: int, selected: int, hidden: int, kept: list[int] | None) -> None:
+def test_even_gates_give_the_dense_mlp_again(
+    experts: int, selected: int, hidden: int, kept: list[int] | None, norm_topk_prob: bool
+) -> None:
     torch.manual_seed(0)
     up, down = torch.nn.Linear(12, 24).double(), torch.nn.Linear(24, 12).double()
-    layer = layer_of(experts, selected, hidden, kept)
+    layer = layer_of(experts, selected, hidden, kept, norm_topk_prob)
     upcycle(layer, up, down)
     x_TBLD = torch.randn(1, 2, 5, 12, dtype=torch.float64)
     torch.testing.assert_close(layer(x_TBLD, ["depth"], None, False).hidden, dense(x_TBLD, up, down))
