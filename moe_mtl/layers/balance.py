@@ -104,7 +104,8 @@ class TaskExpertStatistics(nn.Module):
     gradient, as training on one task per batch needs (Chen et al., "An Efficient General-Purpose Modular Vision Model
     via Multi-Task Heterogeneous Training", 2023).
 
-    The running means move in `update`, once per step: gradient checkpointing runs `forward` twice.
+    The running means move in `update`, once per step: gradient checkpointing runs `forward` twice. They become new
+    tensors there, so that it can run with those of the first time.
 
     Args:
         tasks: names.
@@ -136,7 +137,7 @@ class TaskExpertStatistics(nn.Module):
         for task, row_E in self.latest.items():
             mean_E = self.seen[task]
             row_E = row_E.to(mean_E.dtype)
-            mean_E.copy_(torch.where(mean_E.sum() > 0, mean_E, row_E).lerp(row_E, 1 - self.decay))
+            self.seen[task] = torch.where(mean_E.sum() > 0, mean_E, row_E).lerp(row_E, 1 - self.decay)
         self.latest = {}
 
 
@@ -154,6 +155,9 @@ class BufferDict(nn.Module):
 
     def __getitem__(self, name: str) -> Any:
         return self._buffers[name]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self._buffers[name] = value
 
     def __iter__(self) -> Any:
         return iter(self._buffers)
