@@ -59,6 +59,7 @@ class LowRankMixture(nn.Module):
         task_rank: of a task's own path.
         tasks: names.
         balance_weight: of the balance loss.
+        latency_aware: whether the balance makes even what experts cost, which is as their ranks, not their images.
         folded: whether this is already merged.
 
     Differs from the official code in: experts that no image chose are not computed; the code computes all and masks.
@@ -73,11 +74,13 @@ class LowRankMixture(nn.Module):
         task_rank: int,
         tasks: Sequence[str],
         balance_weight: float = 0.0,
+        latency_aware: bool = False,
         folded: bool = False,
     ):
         super().__init__()
         self.layer, self.folded, self.tasks = layer, folded, list(tasks)
-        self.router = TaskRouter(dim, len(ranks), num_selected, tasks, balance_weight=balance_weight)
+        costs = ranks if latency_aware else None
+        self.router = TaskRouter(dim, len(ranks), num_selected, tasks, balance_weight=balance_weight, costs=costs)
         self.experts = nn.ModuleList(LowRankConv(dim, rank) for rank in ranks)
         if folded:
             self.merged = nn.ModuleDict({task: nn.Conv2d(dim, dim, 3, padding=1) for task in tasks})
