@@ -86,23 +86,14 @@ def mutual_information(joint_TE: Tensor) -> Tensor:
     return entr(task_T).sum() + entr(expert_E).sum() - entr(joint_TE).sum()
 
 
-def joint_distribution(probabilities: Sequence[Tensor]) -> Tensor:
-    """`P(t, e)` of the tokens of a step: `[T, E]`, from the probabilities `[N, E]` of each task.
-
-    Every task counts alike, `P(t) = 1 / T`: how many tokens a task has says nothing about its experts.
-    """
-    conditional_TE = torch.stack([p_NE.mean(0) for p_NE in probabilities])
-    conditional_TE = conditional_TE / conditional_TE.sum(1, keepdim=True)
-    return conditional_TE / len(probabilities)
-
-
 class TaskExpertStatistics(nn.Module):
     """`-I(T; E)` of a layer: Mod-Squad's loss (Chen et al., CVPR 2023, equation 6), for steps with all tasks or few.
 
     It raises the entropy of the experts over all tasks, which is balance, and lowers it within a task, which is
-    specialisation. Tasks that a step does not have count with a running mean of their earlier probabilities, without a
-    gradient, as training on one task per batch needs (Chen et al., "An Efficient General-Purpose Modular Vision Model
-    via Multi-Task Heterogeneous Training", 2023).
+    specialisation. Every task counts alike, `P(t) = 1 / T`: how many tokens it has says nothing about its experts.
+    Tasks that a step does not have count with a running mean of their earlier probabilities, without a gradient, as
+    training on one task per batch needs (Chen et al., "An Efficient General-Purpose Modular Vision Model via
+    Multi-Task Heterogeneous Training", 2023).
 
     The running means move in `update`, once per step: gradient checkpointing runs `forward` twice. They become new
     tensors there, so that it can run with those of the first time.
