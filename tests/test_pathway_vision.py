@@ -1,5 +1,6 @@
 """Costs of models for images, held to formulas written out, to torch's own counter, and to M³ViT's published counts."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -7,12 +8,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from moe_mtl.layers import moe
 from moe_mtl.models import REGISTRY
 from moe_mtl.models._vision import VisionModel
 from moe_mtl.models.m3vit import M3ViTConfig, M3ViTForMultiTask
+from moe_mtl.models.mlore import MLoREConfig, MLoREForMultiTask
 from moe_mtl.models.vit import MultiTaskViT, MultiTaskViTConfig
 from moe_mtl.ops import expert_linear, expert_mlp, make_plan
 from moe_mtl.pathway import cost
+from moe_mtl.pathway._cost import ALONG
 
 VISION = sorted(name for name, model in REGISTRY.items() if issubclass(model, VisionModel))
 TASKS = [
@@ -96,6 +100,38 @@ def test_shapes_alone_give_the_same_count_as_an_image(gate: str, kept: Any) -> N
             assert found == expected
 
 
+@pytest.mark.parametrize("ranks", [[3, 3, 3, 3], [1, 2, 4, 7]])
+def test_experts_that_differ_count_by_an_average_choice(ranks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What shapes alone tell is the mean over all choices of what a model with values takes."""
+    config = MLoREConfig(**COMMON, num_levels=2, expert_ranks=ranks, num_selected=2, task_rank=2)
+    torch.manual_seed(0)
+    real = MLoREForMultiTask(config).eval()
+    with torch.device("meta"):
+        meta = MLoREForMultiTask(config)
+    for names in (["parts"], ["parts", "normals", "scene"]):
+        found = cost(meta, names)
+        of_choices = []
+        for chosen in itertools.combinations(range(4), 2):
+            with monkeypatch.context() as patch:
+                patch.setattr(moe, "highest", lambda p_NE, k, c=chosen: torch.tensor(c).expand(*p_NE.shape[:-1], k))
+                of_choices.append(cost(real, names))
+        for field in ("multiply_adds", "active"):
+            for part in found.parts:
+                mean = sum(getattr(one.parts[part], field) for one in of_choices) / len(of_choices)
+                assert getattr(found.parts[part], field) == mean, (field, part)
+        kernels = 10 * DECODER * sum(ranks)  # 3 x 3 to R channels and 1 x 1 back
+        assert found.parts["experts"].touched == 2 * kernels
+        assert found.parts["experts"].active == kernels
+        assert found.parts["experts"].multiply_adds == len(names) * kernels * ROWS * COLUMNS
+
+
+def test_a_folded_model_of_experts_that_differ_cannot_be_counted_from_shapes() -> None:
+    with torch.device("meta"):
+        model = MLoREForMultiTask(MLoREConfig(**COMMON, folded=True))
+    with pytest.raises(ValueError, match="expected a folded model with values, found one on the meta device"):
+        cost(model)
+
+
 def test_experts_that_no_token_chose_are_not_touched() -> None:
     model = build()
     every = cost(model, "parts", images())
@@ -125,6 +161,7 @@ def test_every_vision_model_agrees_with_torchs_counter(model_type: str) -> None:
             path(**path.example_inputs())
         assert counter.get_total_flops() == 2 * found.multiply_adds > 0
         assert found.active <= found.touched <= sum(parameter.numel() for parameter in path.parameters())
+        assert list(found.parts) == [part for part in ALONG if part in found.parts]  # none is unknown
         for field in ("touched", "active", "multiply_adds"):
             assert sum(vars(part)[field] for part in found.parts.values()) == vars(found)[field]
 

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from moe_mtl.models import AutoModelForMultiTask
 from moe_mtl.models.m3vit import M3ViTConfig, M3ViTForMultiTask
+from moe_mtl.models.mod_squad import ModSquadConfig, ModSquadForMultiTask
 from moe_mtl.models.vit import MultiTaskViT, MultiTaskViTConfig
 from moe_mtl.pathway import cost, prune
 from moe_mtl.pathway._prune import keep_mass, mod_squad
@@ -44,6 +45,29 @@ def build(**fields: Any) -> M3ViTForMultiTask:
             gate_ED = block.mlp.router.gates[task]
             gate_ED[:, 0] = 0.0
             gate_ED[unused, 0] = -1.0
+    return model.eval()
+
+
+def build_mod_squad() -> ModSquadForMultiTask:
+    """Heads 2, 4 and 6 of block 2 are never chosen by `parts`."""
+    torch.manual_seed(0)
+    config = ModSquadConfig(
+        **SIZES,
+        num_experts=6,
+        num_selected=2,
+        expert_dim=10,
+        attention_experts=7,
+        attention_selected=3,
+        attention_head_dim=8,
+        zero_start=False,
+    )
+    model = ModSquadForMultiTask(config)
+    block = model.blocks[2]
+    with torch.no_grad():
+        block.norm1.bias[0] = 50.0
+        gate_ED = block.attention.router.gates["parts"]
+        gate_ED[:, 0] = 0.0
+        gate_ED[[2, 4, 6], 0] = -1.0
     return model.eval()
 
 
@@ -141,7 +165,67 @@ def test_mod_squad_prunes_by_its_rule() -> None:
         serves = torch.bincount(indices[layer], minlength=6) / tokens
         expected = serves.sort(descending=True, stable=True).indices[: max(2, int((serves > 0.4).sum()))]
         assert kept == sorted(expected.tolist())
-    assert cost(small).parts["experts"].touched < cost(build(), "parts").parts["experts"].touched * 6
+    assert any(len(kept) < 6 for kept in report.kept.values())
+    # The whole model touches what somebody chose; in the small one all that is left was chosen.
+    expert = 2 * 12 * 10 + 12 + 10
+    touched = {m: cost(m, "parts", Pictures()[:]).parts["experts"].touched for m in (build(), small)}
+    assert list(touched.values()) == [
+        expert * sum(len(i.unique()) for i in indices.values()),
+        expert * sum(len(kept) for kept in report.kept.values()),
+    ]
+
+
+def test_without_attention_experts_that_are_never_chosen_nothing_changes(tmp_path: Path) -> None:
+    model = build_mod_squad()
+    data = [batch(), batch(3, seed=2)]
+    small, report = prune(model, "parts", data, keep=1.0)
+    assert report.kept["blocks.2"] == small.config.experts_kept["2"] == [0, 1, 3, 5]
+    assert list(report.stored.values()) == [7, 6, 7, 6]
+    for name, weight in small.blocks[2].attention.experts.named_parameters():
+        assert weight.equal(model.blocks[2].attention.experts.get_parameter(name)[[0, 1, 3, 5]])
+    small.save_pretrained(tmp_path)
+    loaded = AutoModelForMultiTask.from_pretrained(tmp_path)
+    for inputs in data:
+        whole = model(**inputs, tasks="parts").logits["parts"]
+        assert small(**inputs).logits["parts"].equal(whole)
+        assert loaded(**inputs).logits["parts"].equal(whole)
+    assert report.difference == {"parts": (0.0, 0.0)}
+
+
+@pytest.mark.parametrize(("rule", "value"), [("keep_mass", 0.6), ("mod_squad", 50.0)])
+def test_rules_on_attention_experts_by_hand(rule: str, value: float) -> None:
+    model, data = build_mod_squad(), [batch(), batch(3, seed=2)]
+    given = {"keep" if rule == "keep_mass" else "theta": value}
+    small, report = prune(model, ["parts", "scene"], data, rule=rule, **given)
+    dropped = 0
+    for layer, experts, selected in (("blocks.0", 7, 3), ("blocks.2", 7, 3), ("blocks.1", 6, 2), ("blocks.3", 6, 2)):
+        expected = set()
+        for task in model.tasks:
+            counts, tokens = [0] * experts, 0
+            for inputs in data:
+                record = next(r for r in model(**inputs, output_routing=True).routing if r.layer == layer)
+                tokens += len(record.indices[task])
+                for chosen in record.indices[task].tolist():
+                    for e in chosen:
+                        counts[e] += 1
+            order = sorted(range(experts), key=lambda e: -counts[e])
+            number = selected
+            if rule == "keep_mass":
+                while sum(counts[e] for e in order[:number]) < value * tokens * selected:
+                    number += 1
+            else:
+                number = max(number, sum(count > value / 100 * tokens for count in counts))
+            expected |= set(order[:number])
+            lost = sum(counts[e] for e in range(experts) if e not in report.kept[layer]) / (tokens * selected)
+            assert report.choices_lost[layer][task] == pytest.approx(lost, abs=1e-12)
+        assert report.kept[layer] == small.config.experts_kept[layer[-1]] == sorted(expected)
+        dropped += experts - len(expected)
+        block = small.blocks[int(layer[-1])]
+        stored = block.attention.experts.w_query if experts == 7 else block.mlp.experts.w_up
+        assert len(stored) == len(expected)
+    assert dropped
+    assert len(report.kept["blocks.0"]) < 7
+    assert report.parameters[1] < report.parameters[0]
 
 
 @pytest.mark.parametrize("gate", ["multi_gate", "task_conditioned"])

@@ -48,12 +48,8 @@ class HeadExperts(nn.Module):
         """
         plan = ops.make_plan(indices_NK, len(self.w_query))
         query_NKH = ops.expert_linear(x_ND, self.w_query, plan, backend=self.backend, fallback=True)
-        # All heads read one key and one value, so that the K queries of a token are K rows of one head.
-        rows = query_NKH.reshape(len(key), 1, -1, key.shape[-1])
-        mixed = F.scaled_dot_product_attention(rows, key.unsqueeze(1), value.unsqueeze(1))
-        return ops.expert_combine(
-            mixed.reshape(query_NKH.shape), self.w_out, plan, weights_NK, backend=self.backend, fallback=True
-        )
+        mixed_NKH = attend(query_NKH, key, value)
+        return ops.expert_combine(mixed_NKH, self.w_out, plan, weights_NK, backend=self.backend, fallback=True)
 
     def initialise(self, std: float) -> None:
         for weight in self.parameters():
@@ -62,6 +58,13 @@ class HeadExperts(nn.Module):
     def extra_repr(self) -> str:
         experts, head, dim = self.w_query.shape
         return f"experts={experts}, dim={dim}, head={head}"
+
+
+def attend(query_NKH: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What each query finds in its image, whose key and value are `[B, L, H]`: `[N, K, H]`."""
+    # All heads read one key and one value, so that the K queries of a token are K rows of one head.
+    rows = query_NKH.reshape(len(key), 1, -1, key.shape[-1])
+    return F.scaled_dot_product_attention(rows, key.unsqueeze(1), value.unsqueeze(1)).reshape(query_NKH.shape)
 
 
 class SparseAttention(nn.Module):

@@ -86,25 +86,17 @@ def mutual_information(joint_TE: Tensor) -> Tensor:
     return entr(task_T).sum() + entr(expert_E).sum() - entr(joint_TE).sum()
 
 
-def joint_distribution(probabilities: Sequence[Tensor]) -> Tensor:
-    """`P(t, e)` of the tokens of a step: `[T, E]`, from the probabilities `[N, E]` of each task.
-
-    Every task counts alike, `P(t) = 1 / T`: how many tokens a task has says nothing about its experts.
-    """
-    conditional_TE = torch.stack([p_NE.mean(0) for p_NE in probabilities])
-    conditional_TE = conditional_TE / conditional_TE.sum(1, keepdim=True)
-    return conditional_TE / len(probabilities)
-
-
 class TaskExpertStatistics(nn.Module):
     """`-I(T; E)` of a layer: Mod-Squad's loss (Chen et al., CVPR 2023, equation 6), for steps with all tasks or few.
 
     It raises the entropy of the experts over all tasks, which is balance, and lowers it within a task, which is
-    specialisation. Tasks that a step does not have count with a running mean of their earlier probabilities, without a
-    gradient, as training on one task per batch needs (Chen et al., "An Efficient General-Purpose Modular Vision Model
-    via Multi-Task Heterogeneous Training", 2023).
+    specialisation. Every task counts alike, `P(t) = 1 / T`: how many tokens it has says nothing about its experts.
+    Tasks that a step does not have count with a running mean of their earlier probabilities, without a gradient, as
+    training on one task per batch needs (Chen et al., "An Efficient General-Purpose Modular Vision Model via
+    Multi-Task Heterogeneous Training", 2023).
 
-    The running means move in `update`, once per step: gradient checkpointing runs `forward` twice.
+    The running means move in `update`, once per step: gradient checkpointing runs `forward` twice. They become new
+    tensors there, so that it can run with those of the first time.
 
     Args:
         tasks: names.
@@ -136,7 +128,7 @@ class TaskExpertStatistics(nn.Module):
         for task, row_E in self.latest.items():
             mean_E = self.seen[task]
             row_E = row_E.to(mean_E.dtype)
-            mean_E.copy_(torch.where(mean_E.sum() > 0, mean_E, row_E).lerp(row_E, 1 - self.decay))
+            self.seen[task] = torch.where(mean_E.sum() > 0, mean_E, row_E).lerp(row_E, 1 - self.decay)
         self.latest = {}
 
 
@@ -154,6 +146,9 @@ class BufferDict(nn.Module):
 
     def __getitem__(self, name: str) -> Any:
         return self._buffers[name]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self._buffers[name] = value
 
     def __iter__(self) -> Any:
         return iter(self._buffers)

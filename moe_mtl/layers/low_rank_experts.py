@@ -59,6 +59,7 @@ class LowRankMixture(nn.Module):
         task_rank: of a task's own path.
         tasks: names.
         balance_weight: of the balance loss.
+        latency_aware: whether the balance makes even what experts cost, which is as their ranks, not their images.
         folded: whether this is already merged.
 
     Differs from the official code in: experts that no image chose are not computed; the code computes all and masks.
@@ -73,11 +74,13 @@ class LowRankMixture(nn.Module):
         task_rank: int,
         tasks: Sequence[str],
         balance_weight: float = 0.0,
+        latency_aware: bool = False,
         folded: bool = False,
     ):
         super().__init__()
         self.layer, self.folded, self.tasks = layer, folded, list(tasks)
-        self.router = TaskRouter(dim, len(ranks), num_selected, tasks, balance_weight=balance_weight)
+        costs = ranks if latency_aware else None
+        self.router = TaskRouter(dim, len(ranks), num_selected, tasks, balance_weight=balance_weight, costs=costs)
         self.experts = nn.ModuleList(LowRankConv(dim, rank) for rank in ranks)
         if folded:
             self.merged = nn.ModuleDict({task: nn.Conv2d(dim, dim, 3, padding=1) for task in tasks})
@@ -107,7 +110,11 @@ class LowRankMixture(nn.Module):
         return Computed(F.gelu(torch.stack(y)), choice.auxiliary, routing)
 
     def _mixed(self, x_TBCHW: Tensor, choice: Choice) -> Tensor:
-        """The chosen experts' weighted sum: `[T, B, C, H, W]`."""
+        """The chosen experts' weighted sum: `[T, B, C, H, W]`. On the meta device, where no choice is known, of all."""
+        if x_TBCHW.is_meta:
+            x_SCHW = x_TBCHW.expand(len(choice.indices_TNK), -1, -1, -1, -1).flatten(0, 1)
+            maps = torch.stack([expert(x_SCHW) for expert in self.experts]).sum(0)
+            return maps.unflatten(0, choice.indices_TNK.shape[:2])
         indices_SK, weights_SK = choice.indices_TNK.flatten(0, 1), choice.weights_TNK.flatten(0, 1)
         x_SCHW = x_TBCHW.flatten(0, 1)
         mixed = x_SCHW.new_zeros(len(indices_SK), *x_SCHW.shape[1:])
@@ -120,7 +127,13 @@ class LowRankMixture(nn.Module):
         return mixed.unflatten(0, choice.indices_TNK.shape[:2])
 
     def _by_kernel(self, x_BCHW: Tensor, choice: Choice, t: int, task: str) -> Tensor:
-        """One convolution per image, whose kernel holds the experts that the task chose for it."""
+        """One convolution per image, whose kernel holds the experts that the task chose for it.
+
+        Raises:
+            ValueError: on the meta device, as only the choice tells which kernels are made.
+        """
+        if x_BCHW.is_meta:
+            raise ValueError(f"{self.layer}: expected a folded model with values, found one on the meta device")
         merged: Any = self.merged[task]
         scale = self.scales[task][:, None, None, None]
         y = []

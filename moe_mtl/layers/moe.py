@@ -58,6 +58,8 @@ class TaskRouter(nn.Module):
         noise_std: of normal noise on the logits in training, divided by `E` (Riquelme et al., "Scaling Vision with
             Sparse Mixture of Experts", NeurIPS 2021); 0 for none.
         balance_weight: of `CV^2(importance) + CV^2(load)`, per gate and task.
+        costs: of one token on each of the `E` experts, any unit. The balance then makes even what experts cost, not
+            their tokens: see `load_balance`. None for experts that cost the same.
         z_weight: of the z-loss.
         information_weight: of Mod-Squad's mutual-information loss.
         zero_start: gates that start at zero choose evenly, as Mod-Squad's; else Kaiming-uniform, as M³ViT's.
@@ -66,6 +68,9 @@ class TaskRouter(nn.Module):
             first, and that much slower does a model learn that starts without pre-trained weights.
         kept: numbers of the experts that are stored, of `num_experts`. The others are never chosen; the softmax still
             counts them, so that to leave out what was never chosen changes nothing. None for all.
+
+    Raises:
+        ValueError: `costs` that are not `E` positive numbers.
 
     Differs from the official code in: M³ViT's balance compares logits with thresholds taken after the softmax where
     there is noise; its tasks' windows of experts are left out; Mod-Squad's noise stays on in evaluation.
@@ -82,6 +87,7 @@ class TaskRouter(nn.Module):
         condition_dim: int = 0,
         noise_std: float = 0.0,
         balance_weight: float = 0.0,
+        costs: Sequence[float] | None = None,
         z_weight: float = 0.0,
         information_weight: float = 0.0,
         zero_start: bool = False,
@@ -89,10 +95,14 @@ class TaskRouter(nn.Module):
         kept: Sequence[int] | None = None,
     ):
         super().__init__()
+        if costs is not None and (len(costs) != num_experts or not all(0 < cost < math.inf for cost in costs)):
+            raise ValueError(f"costs: expected {num_experts} positive numbers, found {list(costs)}")
         self.num_experts, self.num_selected, self.noise_std = num_experts, num_selected, noise_std
         self.balance_weight, self.z_weight, self.information_weight = balance_weight, z_weight, information_weight
         self.zero_start, self.norm_topk_prob = zero_start, norm_topk_prob
         self.kept = None if kept is None else list(kept)
+        # Of those that are stored: the others have no tokens.
+        self.costs = None if costs is None else [costs[e] for e in (kept or range(num_experts))]
         self.gates = self.gate = None
         if gate == "multi_gate":
             self.gates = nn.ParameterDict({task: torch.empty(num_experts, dim) for task in tasks})
@@ -154,7 +164,8 @@ class TaskRouter(nn.Module):
                     load_E = smooth_load(logits_TNE[t], noisy_TNE[t], std, self.num_selected)
                 else:
                     load_E = load(indices_TNK[t], stored, weights_TNK.dtype)
-                losses.append(self.balance_weight * load_balance(importance_E, load_E))
+                cost_E = None if self.costs is None else importance_E.new_tensor(self.costs)
+                losses.append(self.balance_weight * load_balance(importance_E, load_E, cost_E))
         if self.z_weight:
             losses.append(self.z_weight * z_loss(logits_TNE.flatten(0, 1)))
         if self.statistics is not None:

@@ -5,7 +5,8 @@ on ordinary machines: all tokens are routed first; then each expert that has a q
 once, while a thread reads the next one. At most two experts are in memory, however many there are and in however many
 layers.
 
-Shapes: `N` tokens, `D` width, `E` experts, `K` experts chosen per token, `H` expert hidden width.
+Shapes: `N` tokens, `D` width, `O` output width, `E` experts, `K` experts chosen per token, `H` width of an expert's
+hidden layer or of a head.
 """
 
 import contextlib
@@ -16,13 +17,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..files import CheckpointError
+from .attention_experts import attend
 
 ALIGNMENT = 64  # bytes, so that each tensor of an expert starts where vector instructions like it
 
@@ -164,93 +166,151 @@ class ExpertStream:
         return slot
 
 
-class StreamedExperts(nn.Module):
-    """What `SparseExperts` computes, `FFN_e(x) = W2_e gelu(W1_e x + b1_e) + b2_e`, from weights that are not held.
-
-    Equal bit for bit to `SparseExperts` with backend `torch` on a CPU; for evaluation alone.
+class Streamed(nn.Module):
+    """Experts whose weights are not held, for evaluation alone.
 
     Args:
-        stored: `w_up`, `b_up`, `w_down`, `b_down` in the file.
+        stored: their parameters in the file, by name.
         rows: which of their rows are the experts of this layer.
         stream: of the model.
+
+    Attributes:
+        passes: what of an expert is read at once: names of its parameters, pass by pass.
 
     Raises:
         RuntimeError: in training, or where a gradient is asked for.
         CheckpointError: the file changed or is gone.
     """
 
+    passes: ClassVar[tuple[tuple[str, ...], ...]]
+
     def __init__(self, stored: Mapping[str, StoredRows], rows: Sequence[int], stream: ExpertStream):
         super().__init__()
         self.stored, self.rows, self.stream = dict(stored), list(rows), stream
 
-    def forward(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        """Each token through its experts, and their weighted sum: `[N, D]`."""
-        if self.training or (torch.is_grad_enabled() and (x_ND.requires_grad or weights_NK.requires_grad)):
+    @classmethod
+    def slot_bytes(cls, stored: Mapping[str, StoredRows]) -> int:
+        """What a slot for one expert takes."""
+        return max(stop for names in cls.passes for _, stop in places(stored, names).values())
+
+    def check(self) -> None:
+        """Raises CheckpointError for an expert with a value that is not finite; reads all of them, one at a time."""
+        host = torch.empty(self.stream.expert_bytes, dtype=torch.uint8, device="cpu")
+        for names in self.passes:
+            for expert in range(len(self.rows)):
+                self._read(names, expert, host)
+                for name, tensor in self._tensors(names, host, None).items():
+                    if not tensor.isfinite().all():
+                        stored = self.stored[name]
+                        raise CheckpointError(
+                            f"expected finite weights, found NaN or infinite values in {stored.name} of {stored.path}"
+                        )
+
+    def _refuse_training(self, *inputs: Tensor) -> None:
+        if self.training or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
             raise RuntimeError(
                 "expected evaluation without gradients, found training: offloaded experts cannot be trained; load the "
                 "model without offload_experts"
             )
-        out_NO = x_ND.new_zeros(len(x_ND), self.stored["w_down"].shape[1])
+
+    def _pass(
+        self,
+        names: Sequence[str],
+        indices_NK: Tensor,
+        dtype: torch.dtype,
+        compute: Callable[[dict[str, Tensor], Tensor, Tensor], None],
+    ) -> None:
+        """Calls `compute` for each expert that has tokens: with its tensors `names`, its tokens, and the number `k` by
+        which each of them chose it. The tensors are gone afterwards."""
         queue = torch.bincount(indices_NK.flatten(), minlength=len(self.rows)).nonzero().flatten().tolist()
-        with self.stream.turn(x_ND.device):
-            reading = self._fetch(0, queue[0])
+        with self.stream.turn(indices_NK.device):
+            reading = self._fetch(names, 0, queue[0])
             for i, expert in enumerate(queue):
                 slot = reading.result()
                 try:
                     if i + 1 < len(queue):
-                        reading = self._fetch(i + 1, queue[i + 1])
-                    w = self._tensors(self.stream.ready(slot), x_ND.dtype)
-                    tokens, k = (indices_NK == expert).nonzero(as_tuple=True)
-                    y = F.linear(F.gelu(F.linear(x_ND[tokens], w["w_up"], w["b_up"])), w["w_down"], w["b_down"])
-                    out_NO.index_add_(0, tokens, (y * weights_NK[tokens, k].unsqueeze(-1)).to(out_NO.dtype))
+                        reading = self._fetch(names, i + 1, queue[i + 1])
+                    tensors = self._tensors(names, self.stream.ready(slot), dtype)
+                    compute(tensors, *(indices_NK == expert).nonzero(as_tuple=True))
                     self.stream.done(slot)
                 except BaseException:
                     with contextlib.suppress(Exception):
                         reading.result()  # nobody else may have the slots while they are written to
                     raise
-        return out_NO
 
-    def check(self) -> None:
-        """Raises CheckpointError for an expert with a value that is not finite; reads all of them, one at a time."""
-        host = torch.empty(self.stream.expert_bytes, dtype=torch.uint8, device="cpu")
-        for expert in range(len(self.rows)):
-            self._read(expert, host)
-            for name, tensor in self._tensors(host, None).items():
-                if not tensor.isfinite().all():
-                    stored = self.stored[name]
-                    raise CheckpointError(
-                        f"expected finite weights, found NaN or infinite values in {stored.name} of {stored.path}"
-                    )
+    def _fetch(self, names: Sequence[str], number: int, expert: int) -> "Future[Slot]":
+        return self.stream.fetch(number, lambda host: self._read(names, expert, host))
 
-    def _fetch(self, number: int, expert: int) -> "Future[Slot]":
-        return self.stream.fetch(number, lambda host: self._read(expert, host))
-
-    def _read(self, expert: int, host: Tensor) -> None:
-        for name, (start, stop) in places(self.stored).items():
+    def _read(self, names: Sequence[str], expert: int, host: Tensor) -> None:
+        for name, (start, stop) in places(self.stored, names).items():
             self.stored[name].read(self.rows[expert], host[start:stop])
 
-    def _tensors(self, held: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    def _tensors(self, names: Sequence[str], held: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """The expert that a slot holds."""
         found = {}
-        for name, (start, stop) in places(self.stored).items():
+        for name, (start, stop) in places(self.stored, names).items():
             stored = self.stored[name]
             found[name] = held[start:stop].view(stored.dtype).view(stored.shape[1:]).to(dtype or stored.dtype)
         return found
 
     def extra_repr(self) -> str:
-        up = self.stored["w_up"]
-        return f"experts={len(self.rows)}, dim={up.shape[2]}, hidden={up.shape[1]}, file={up.path.name}"
+        sizes = ", ".join(f"{name}={list(stored.shape[1:])}" for name, stored in self.stored.items())
+        return f"experts={len(self.rows)}, {sizes}, file={next(iter(self.stored.values())).path.name}"
 
 
-def places(stored: Mapping[str, StoredRows]) -> dict[str, tuple[int, int]]:
+class StreamedExperts(Streamed):
+    """What `SparseExperts` computes, `FFN_e(x) = W2_e gelu(W1_e x + b1_e) + b2_e`, from weights that are not held.
+
+    Equal bit for bit to `SparseExperts` with backend `torch` on a CPU; arguments and errors as of `Streamed`.
+    """
+
+    passes = (("w_up", "b_up", "w_down", "b_down"),)
+
+    def forward(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """Each token through its experts, and their weighted sum: `[N, D]`."""
+        self._refuse_training(x_ND, weights_NK)
+        out_NO = x_ND.new_zeros(len(x_ND), self.stored["w_down"].shape[1])
+
+        def compute(w: dict[str, Tensor], tokens: Tensor, k: Tensor) -> None:
+            y = F.linear(F.gelu(F.linear(x_ND[tokens], w["w_up"], w["b_up"])), w["w_down"], w["b_down"])
+            out_NO.index_add_(0, tokens, (y * weights_NK[tokens, k].unsqueeze(-1)).to(out_NO.dtype))
+
+        self._pass(self.passes[0], indices_NK, x_ND.dtype, compute)
+        return out_NO
+
+
+class StreamedHeads(Streamed):
+    """What `HeadExperts` computes, from weights that are not held: the queries of all heads, one head after the other,
+    then attention, then their outputs.
+
+    Equal bit for bit to `HeadExperts` with backend `torch` on a CPU; arguments and errors as of `Streamed`.
+    """
+
+    passes = (("w_query",), ("w_out",))
+
+    def forward(self, x_ND: Tensor, key: Tensor, value: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """Each token through the heads that it chose, and their weighted sum: `[N, D]`; see `HeadExperts`."""
+        self._refuse_training(x_ND, key, value, weights_NK)
+        query_NKH = x_ND.new_zeros(*indices_NK.shape, self.stored["w_query"].shape[1])
+        out_NKD = x_ND.new_zeros(*indices_NK.shape, self.stored["w_out"].shape[1])
+
+        def queries(w: dict[str, Tensor], tokens: Tensor, k: Tensor) -> None:
+            query_NKH[tokens, k] = F.linear(x_ND[tokens], w["w_query"]).to(query_NKH.dtype)
+
+        def outputs(w: dict[str, Tensor], tokens: Tensor, k: Tensor) -> None:
+            out_NKD[tokens, k] = F.linear(weighted_NKH[tokens, k], w["w_out"]).to(out_NKD.dtype)
+
+        self._pass(self.passes[0], indices_NK, x_ND.dtype, queries)
+        mixed_NKH = attend(query_NKH, key, value)
+        weighted_NKH = (mixed_NKH * weights_NK.unsqueeze(-1)).to(mixed_NKH.dtype)
+        self._pass(self.passes[1], indices_NK, x_ND.dtype, outputs)
+        return out_NKD.sum(1)
+
+
+def places(stored: Mapping[str, StoredRows], names: Sequence[str]) -> dict[str, tuple[int, int]]:
     """Where each tensor of one expert is in a slot: its first byte, and the one after its last."""
     found, start = {}, 0
-    for name, rows in stored.items():
-        found[name] = start, start + rows.row_bytes
-        start += -(-rows.row_bytes // ALIGNMENT) * ALIGNMENT
+    for name in names:
+        found[name] = start, start + stored[name].row_bytes
+        start += -(-stored[name].row_bytes // ALIGNMENT) * ALIGNMENT
     return found
-
-
-def expert_bytes(stored: Mapping[str, StoredRows]) -> int:
-    """What a slot for one expert takes."""
-    return max(stop for _, stop in places(stored).values())

@@ -1,4 +1,4 @@
-"""Loading a model without holding the experts of its MLPs; those of attention are held."""
+"""Loading a model without holding its sparse experts."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -6,19 +6,22 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..files import CheckpointError
 from ..hub import Checkpoint
+from ..layers.attention_experts import HeadExperts
 from ..layers.moe import SparseExperts
-from ..layers.streaming import ExpertStream, StoredRows, StreamedExperts, expert_bytes, file_state
+from ..layers.streaming import ExpertStream, StoredRows, Streamed, StreamedExperts, StreamedHeads, file_state
 
 if TYPE_CHECKING:
     from ._base import MultiTaskConfig, MultiTaskModel
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 DTYPES |= {"I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+STREAMED: dict[type[nn.Module], type[Streamed]] = {SparseExperts: StreamedExperts, HeadExperts: StreamedHeads}
 
 
 @contextmanager
@@ -56,17 +59,19 @@ def load_offloaded(
         raise ValueError(f"dtype: expected float32, float64, bfloat16 or float16, found {dtype!r}")
     with torch.device("meta"):
         model = type(full)(config)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseExperts)}
+    layers = {name: module for name, module in model.named_modules() if type(module) in STREAMED}
     if not layers:
         raise ValueError(f"offload_experts: expected a model with sparse experts, found {type(model).__name__} without")
     stored = {
         layer: {name: stored_rows(checkpoint, f"{layer}.{name}") for name, _ in module.named_parameters()}
         for layer, module in layers.items()
     }
-    stream = ExpertStream(max(map(expert_bytes, stored.values())))
+    stream = ExpertStream(max(STREAMED[type(module)].slot_bytes(stored[layer]) for layer, module in layers.items()))
     for layer, module in layers.items():
-        rows = full.rows_kept(config, f"{layer}.w_up")
-        streamed = StreamedExperts(stored[layer], range(len(module.w_up)) if rows is None else rows, stream)
+        name, parameter = next(module.named_parameters())
+        rows = full.rows_kept(config, f"{layer}.{name}")
+        kind = STREAMED[type(module)]
+        streamed = kind(stored[layer], range(len(parameter)) if rows is None else rows, stream)
         streamed.check()
         model.set_submodule(layer, streamed)
     state = {name: _held(stored_rows(checkpoint, name), full.rows_kept(config, name)) for name in model.state_dict()}
@@ -78,7 +83,7 @@ def load_offloaded(
 
 def refuse_offloaded(model: "MultiTaskModel", what: str) -> None:
     """Raises ValueError for a model whose experts are not in memory."""
-    if any(isinstance(module, StreamedExperts) for module in model.modules()):
+    if any(isinstance(module, Streamed) for module in model.modules()):
         raise ValueError(
             f"{what}: expected a model that holds its experts, found one that was loaded with offload_experts; load it "
             "without, or with tasks=[...] where only some are needed"

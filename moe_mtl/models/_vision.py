@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
@@ -342,5 +343,6 @@ class VisionModel(MultiTaskModel):
 
     def _through(self, block: nn.Module, *inputs: Any) -> Computed:
         if self.gradient_checkpointing and self.training:
-            return checkpoint(block, *inputs, use_reentrant=False)
+            # With the buffers of now: running means may have moved when the backward computes the block again.
+            return checkpoint(functional_call, block, dict(block.named_buffers()), inputs, use_reentrant=False)
         return block(*inputs)

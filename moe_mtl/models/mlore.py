@@ -36,6 +36,8 @@ class MLoREConfig(VisionConfig):
         num_selected: experts that a task chooses for an image, 9 in the paper.
         task_rank: of a task's own path, 72 in the paper.
         balance_weight: of the balance loss, 3e-4 in the paper.
+        latency_aware: whether that makes even what experts cost, which is as their ranks, so that those of low rank get
+            more images (You et al., "ShiftAddViT", NeurIPS 2023); else how many images they get, as in the paper.
         folded: True once `fold_for_inference` merged what is linear.
     """
 
@@ -46,6 +48,7 @@ class MLoREConfig(VisionConfig):
     num_selected: int = 9
     task_rank: int = 72
     balance_weight: float | int = 3e-4
+    latency_aware: bool = False
     folded: bool = False
 
     def validate_decoder(self) -> None:
@@ -57,6 +60,8 @@ class MLoREConfig(VisionConfig):
         check_count("task_rank", self.task_rank, MAX_WIDTH)
         if not 0 <= self.balance_weight < 1e6:
             raise ValueError(f"balance_weight must be in [0, 1e6), found {self.balance_weight!r}")
+        if self.latency_aware and not self.balance_weight:
+            raise ValueError("latency_aware: expected a balance_weight above 0 for it to tell, found 0")
 
 
 @register
@@ -79,6 +84,7 @@ class MLoREForMultiTask(VisionModel):
             task_rank=c.task_rank,
             tasks=c.task_names,
             balance_weight=c.balance_weight,
+            latency_aware=c.latency_aware,
             folded=c.folded,
         )
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..layers.attention_experts import HeadExperts
+from ..layers.low_rank_experts import LowRankMixture
 from ..layers.moe import SparseExperts
 from ..models import MultiTaskModel
 from ..tasks import check_task_names
@@ -26,7 +27,7 @@ _LOOKUPS = (torch.ops.aten.embedding, torch.ops.aten.index_select, torch.ops.ate
 _FUSED = (torch.ops.aten.addcmul,)  # one multiply-add per element of the result
 OTHER = "other"
 _BODY = ("attention", "mlp", "experts", "gates", "self_gates", "trunk", "blocks")
-ALONG = ("encoder", "bottom", "feature_gates", "patches", "conditions", *_BODY, "towers", "heads")
+ALONG = ("encoder", "bottom", "feature_gates", "patches", "conditions", *_BODY, "decoder", "towers", "heads")
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Cost:
         multiply_adds: per row, which may be an image: matrix products (linear layers, convolutions, attention, experts,
             gates, mixtures, numeric embeddings) and fused element-wise ones. Lookups, activations, norms, softmax,
             biases, up-sampling and plain element-wise products count 0.
-        parts: the same by part: `encoder`, `attention`, `experts`, `gates`, `towers`, `heads`, ...; `trunk` or `blocks`
-            is the rest of those, as mixtures or norms.
+        parts: the same by part, as a row meets them: `encoder`, `attention`, `experts`, `gates`, `towers`, `heads`,
+            ...; `trunk`, `blocks` or `decoder` is the rest of those, as mixtures or norms.
         share: `touched`, `active` and `multiply_adds` as fractions of what all tasks together take.
     """
 
@@ -82,7 +83,8 @@ def cost(
     88 % is one task without the other decoders, against models with one encoder per task (see `models/m3vit.py`).
 
     A model on the meta device is counted from its shapes alone, in no time, however large. There no token's choice is
-    known: `K` experts compute for each, and all that are stored count as touched.
+    known: `K` experts compute for each, and all that are stored count as touched. Where experts differ, as MLoRE's do
+    by rank, each counts by the share `K / E` that an average choice has of it.
 
     Args:
         model: any model of the zoo; left as it is.
@@ -91,6 +93,7 @@ def cost(
 
     Raises:
         UnknownTaskError: a task that the model does not have.
+        ValueError: a folded MLoRE on the meta device.
     """
     names = check_task_names(task, model.tasks)
     inputs = model.example_inputs() if inputs is None else inputs
@@ -177,6 +180,12 @@ class _Counter(TorchDispatchMode):
         # Of sparse experts, one after the other in each parameter; experts of other kinds are read whole.
         banks = [name for name, module in model.named_modules() if isinstance(module, (SparseExperts, HeadExperts))]
         self.stacked = {name for name in self.shapes if name.rpartition(".")[0] in banks}
+        # Of experts that differ all compute on the meta device, each for the share of an average choice.
+        self.averaged = {
+            f"{name}.experts.": (module.router.num_selected, module.router.num_experts)
+            for name, module in model.named_modules()
+            if isinstance(module, LowRankMixture) and model.device.type == "meta"
+        }
         self.read: dict[str, Tensor] = {}  # which elements, by parameter
         self.looked_up: Counter[str] = Counter()  # elements, by parameter
         self.lookups: Counter[str] = Counter()  # rows, by part
@@ -187,7 +196,9 @@ class _Counter(TorchDispatchMode):
         out = func(*args, **kwargs)
         operation = func.overloadpacket
         if operation in flop_registry:  # two operations to a multiply-add
-            self.multiply_adds[part_of(self.entered[-1])] += flop_registry[operation](*args, **kwargs, out_val=out) // 2
+            name = self.entered[-1]
+            count = flop_registry[operation](*args, **kwargs, out_val=out) // 2
+            self.multiply_adds[part_of(name)] += self._average(name, count)
         elif operation in _FUSED:
             self.multiply_adds[part_of(self.entered[-1])] += out.numel()
         for i, tensor in enumerate(args):
@@ -200,6 +211,11 @@ class _Counter(TorchDispatchMode):
                     elif not _is_view(out, one) and not _is_empty(out):
                         self._mark(name, one, int(one.storage_offset()) - start)
         return out
+
+    def _average(self, name: str, count: int) -> int:
+        """What an average choice has of a count of one expert; elsewhere all of it."""
+        selected, experts = next((k for start, k in self.averaged.items() if name.startswith(start)), (1, 1))
+        return count * selected // experts
 
     def _parameter(self, tensor: Tensor) -> tuple[int, int, str] | None:
         """The parameter whose memory this is, after where that starts and ends."""
@@ -226,7 +242,7 @@ class _Counter(TorchDispatchMode):
             if name in self.stacked and of_token:
                 active[part] += size // self.shapes[name][0] * of_token[0]
             else:
-                active[part] += read or self.looked_up[name] // self.rows
+                active[part] += self._average(name, read) or self.looked_up[name] // self.rows
         return {
             "touched": touched,
             "active": active,

@@ -125,8 +125,10 @@ def test_folding_changes_no_answer(shared: bool, grid: tuple[int, int]) -> None:
     assert all(torch.equal(p, before[name]) for name, p in level.named_parameters())
 
 
-def test_the_balance_loss_counts_images() -> None:
-    level = level_of(balance_weight=0.5).train()
+@pytest.mark.parametrize("latency_aware", [False, True])
+def test_the_balance_loss_counts_images(latency_aware: bool) -> None:
+    """Or what they cost: an expert of rank R takes 10 C R multiply-adds per patch."""
+    level = level_of(balance_weight=0.5, latency_aware=latency_aware).train()
     out = level(drawn(1, B, C, *GRID), ["depth"], True)
     record = out.routing[0]
     importance, load = [0.0] * len(RANKS), [0.0] * len(RANKS)
@@ -139,4 +141,7 @@ def test_the_balance_loss_counts_images() -> None:
         mean = sum(x) / len(x)
         return sum((v - mean) ** 2 for v in x) / (len(x) - 1) / mean**2
 
+    if latency_aware:
+        costs = [10 * C * rank for rank in RANKS]
+        importance, load = ([v * c / sum(costs) for v, c in zip(x, costs, strict=True)] for x in (importance, load))
     assert out.auxiliary[0].item() == pytest.approx(0.5 * (cv2(importance) + cv2(load)), rel=1e-6)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_mtl.layers.balance import smooth_load
 from moe_mtl.layers.heads import ClassHead, UpHead
 from moe_mtl.layers.moe import SparseExperts, SparseMLP, TaskConditions, TaskRouter, highest
 from moe_mtl.layers.vit import MLP, Block, PatchEmbedding, SelfAttention
@@ -261,6 +262,71 @@ def test_losses_come_in_training_alone_and_once_per_task() -> None:
     assert len(router.train()(x_TND, TASKS).auxiliary) == 2 + 1 + 1
     balance = router(x_TND, ["edges"]).auxiliary[0]
     torch.testing.assert_close(balance, router(x_TND, TASKS).auxiliary[0])
+
+
+def cv_squared(values: Tensor) -> Tensor:
+    mean = sum(values) / len(values)
+    return sum((v - mean) ** 2 for v in values) / (len(values) - 1) / mean**2
+
+
+@pytest.mark.parametrize("noise_std", [0.0, 3.0])
+@pytest.mark.parametrize("kept", [None, [0, 2, 3, 5]])
+def test_balance_with_costs_is_shiftaddvits(kept: list[int] | None, noise_std: float) -> None:
+    """`CV^2(a_e sum p_e) + CV^2(a_e tokens_e)` with `a_e = cost_e / sum cost`; expected tokens where there is noise."""
+    costs = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    router = TaskRouter(D, E, K, TASKS, balance_weight=0.5, costs=costs, kept=kept, noise_std=noise_std)
+    filled(router).train()
+    x_TND = tokens(1, 40, D)
+    torch.manual_seed(0)
+    choice = router(x_TND, TASKS)
+    torch.manual_seed(0)
+    logits_TNE = torch.stack([x_TND[0] @ router.gates[task].t() for task in TASKS])
+    std = noise_std / E
+    noisy_TNE = logits_TNE + std * (torch.randn_like(logits_TNE) if std else 0.0)
+    stored = kept or list(range(E))
+    for t in range(T):
+        importance_E, load_E = torch.zeros(len(stored)).double(), torch.zeros(len(stored)).double()
+        for n in range(40):
+            p_E = (noisy_TNE[t, n].exp() / noisy_TNE[t, n].exp().sum())[stored]
+            for e in sorted(range(len(stored)), key=lambda e, p_E=p_E: -p_E[e].item())[:K]:
+                importance_E[e] += p_E[e].item()
+                load_E[e] += 1
+        if std and kept is None:
+            load_E = smooth_load(logits_TNE[t], noisy_TNE[t], std, K)
+        share_E = torch.tensor([costs[e] for e in stored]).double()
+        share_E = share_E / sum(share_E)
+        expected = 0.5 * (cv_squared(share_E * importance_E) + cv_squared(share_E * load_E))
+        torch.testing.assert_close(choice.auxiliary[t], expected)
+
+
+@pytest.mark.parametrize("selected", [K, E])
+def test_the_balance_with_costs_pushes_tokens_to_cheaper_experts(selected: int) -> None:
+    """From gates that choose evenly; to weights that are as 1 / cost where all experts compute."""
+    costs = [4.0, 1.0, 2.0, 8.0, 16.0, 2.0]
+    router = TaskRouter(D, E, selected, TASKS[:1], balance_weight=1.0, costs=costs).double().train()
+    x_TND = tokens(1, 200, D)
+    x_TND[..., 0] = 1.0
+    with torch.no_grad():
+        router.gates["edges"].copy_(tokens(E, D, seed=3)).mul_(0.3)[:, 0] = 0.0
+    before_E = router(x_TND, TASKS[:1]).probabilities_TNE[0].mean(0)
+    optimiser = torch.optim.Adam(router.parameters(), lr=0.02)
+    for _ in range(400):
+        optimiser.zero_grad()
+        (loss,) = router(x_TND, TASKS[:1]).auxiliary
+        loss.backward()
+        optimiser.step()
+    found_E = router(x_TND, TASKS[:1]).probabilities_TNE[0].mean(0)
+    inverse_E = 1 / torch.tensor(costs, dtype=torch.float64)
+    if selected == E:
+        torch.testing.assert_close(found_E, inverse_E / inverse_E.sum(), rtol=1e-3, atol=1e-3)
+    assert found_E[1] > before_E[1] + 0.1
+    assert found_E[4] < before_E[4] - 0.05
+
+
+@pytest.mark.parametrize("costs", [[1.0] * 5, [1.0] * 5 + [0.0], [1.0] * 5 + [math.nan], [1.0] * 5 + [math.inf]])
+def test_costs_that_cannot_be(costs: list[float]) -> None:
+    with pytest.raises(ValueError, match="costs: expected 6 positive numbers, found"):
+        TaskRouter(D, E, K, TASKS, costs=costs)
 
 
 def test_ties_go_to_the_lower_number() -> None:

@@ -74,6 +74,16 @@ def test_folding_after_extraction_is_extraction_after_folding() -> None:
         torch.testing.assert_close(tensor, other.state_dict()[name])
 
 
+def test_latency_aware_balance_is_by_rank() -> None:
+    """Of the same choices another loss, unless all cost the same."""
+    for ranks, same in (([1, 2, 3, 5], False), ([3, 3, 3, 3], True)):
+        losses = [
+            build(balance_weight=0.5, expert_ranks=ranks, latency_aware=aware).train()(pixels()).auxiliary_loss.item()
+            for aware in (False, True)
+        ]
+        assert (losses[0] == pytest.approx(losses[1], rel=1e-4)) == same
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -82,6 +92,7 @@ def test_folding_after_extraction_is_extraction_after_folding() -> None:
         ({"expert_ranks": [0, 1]}, "expert_ranks"),
         ({"num_levels": 5}, "num_levels"),
         ({"balance_weight": -1}, "balance_weight"),
+        ({"latency_aware": True, "balance_weight": 0}, "latency_aware: expected a balance_weight above 0"),
     ],
 )
 def test_configs_that_cannot_be(fields: dict[str, Any], message: str) -> None:

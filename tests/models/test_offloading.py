@@ -13,9 +13,11 @@ from torch import Tensor
 
 from moe_mtl.files import CheckpointError
 from moe_mtl.layers import streaming
-from moe_mtl.layers.streaming import ExpertStream, StoredRows, StreamedExperts
+from moe_mtl.layers.streaming import ExpertStream, StoredRows, Streamed, StreamedExperts, StreamedHeads
 from moe_mtl.models import AutoModelForMultiTask
+from moe_mtl.models._vision import VisionModel
 from moe_mtl.models.m3vit import M3ViTConfig, M3ViTForMultiTask
+from moe_mtl.models.mod_squad import ModSquadConfig, ModSquadForMultiTask
 from moe_mtl.models.vit import MultiTaskViT, MultiTaskViTConfig
 from moe_mtl.pathway import cost, prune
 
@@ -34,17 +36,23 @@ SIZES: dict[str, Any] = {
     ],
 }
 E, H, D = 6, 10, 12
+EXPERTS = {"num_experts": E, "num_selected": 2, "expert_dim": H}
+HEADS = {"attention_experts": 5, "attention_selected": 3, "attention_head_dim": 8}
+KINDS = ["m3vit", "mod_squad"]
 
 
-def build(**fields: Any) -> M3ViTForMultiTask:
+def build(kind: str = "m3vit", **fields: Any) -> VisionModel:
     torch.manual_seed(0)
-    sizes = SIZES | {"num_experts": E, "num_selected": 2, "expert_dim": H} | fields
-    model = M3ViTForMultiTask(M3ViTConfig(**sizes)).eval()
+    model: VisionModel
+    if kind == "m3vit":
+        model = M3ViTForMultiTask(M3ViTConfig(**(SIZES | EXPERTS | fields)))
+    else:
+        model = ModSquadForMultiTask(ModSquadConfig(**(SIZES | EXPERTS | HEADS | {"zero_start": False} | fields)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("b_up", "b_down")):
                 parameter.normal_()
-    return model
+    return model.eval()
 
 
 def plain(model: Any) -> Any:
@@ -59,17 +67,33 @@ def images(rows: int = 3) -> Tensor:
     return torch.randn(rows, 3, 16, 24, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    build().save_pretrained(tmp_path / "model")
+def folder(tmp_path: Path, kind: str) -> Path:
+    build(kind).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("gate", ["multi_gate", "task_conditioned"])
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("m3vit", {}),
+        ("m3vit", {"gate": "task_conditioned"}),
+        ("m3vit", {"experts_kept": {"3": [0, 2, 5]}}),
+        ("mod_squad", {}),
+        ("mod_squad", {"experts_kept": {"2": [0, 2, 3], "3": [1, 4]}}),
+    ],
+)
 @pytest.mark.parametrize("tasks", [None, ["scene"], ["parts"]])
 @pytest.mark.parametrize("shard", ["5GB", "4KB"])
-def test_offloaded_experts_give_the_same_numbers(tmp_path: Path, gate: str, tasks: Any, shard: str) -> None:
-    model = plain(build(gate=gate))
+def test_offloaded_experts_give_the_same_numbers(
+    tmp_path: Path, kind: str, fields: dict[str, Any], tasks: Any, shard: str
+) -> None:
+    model = plain(build(kind, **fields))
     model.save_pretrained(tmp_path, max_shard_size=shard)
     offloaded = AutoModelForMultiTask.from_pretrained(tmp_path, offload_experts=True, tasks=tasks)
     for _ in range(2):
@@ -86,8 +110,9 @@ def test_offloaded_experts_give_the_same_numbers(tmp_path: Path, gate: str, task
     assert not any(parameter.requires_grad for parameter in offloaded.parameters())
 
 
-def test_of_pruned_experts_too(tmp_path: Path) -> None:
-    pruned, _ = prune(build(), ["parts", "scene"], [{"pixel_values": images()}], keep=0.7)
+def test_of_pruned_experts_too(tmp_path: Path, kind: str) -> None:
+    pruned, report = prune(build(kind), ["parts", "scene"], [{"pixel_values": images()}], keep=0.7)
+    assert any(len(kept) < report.stored[layer] for layer, kept in report.kept.items())
     pruned.save_pretrained(tmp_path)
     offloaded = AutoModelForMultiTask.from_pretrained(tmp_path, offload_experts=True)
     expected = plain(pruned)(images()).logits
@@ -104,10 +129,13 @@ def test_in_another_dtype(folder: Path, dtype: torch.dtype) -> None:
         assert found[task].equal(logits)
 
 
-def test_two_experts_are_held_at_most(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_experts_are_held_at_most(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that enter products lie in two places; an expert is read while the one before it is computed."""
     offloaded = AutoModelForMultiTask.from_pretrained(folder, offload_experts=True)
     assert not [name for name in offloaded.state_dict() if ".experts." in name]
+    layers = [type(module) for module in offloaded.modules() if isinstance(module, Streamed)]
+    alike = [StreamedHeads, StreamedExperts] if kind == "mod_squad" else [StreamedExperts]
+    assert layers == alike * 2
     events: list[tuple[str, int]] = []
     fill, done = ExpertStream._fill, ExpertStream.done
 
@@ -123,7 +151,7 @@ def test_two_experts_are_held_at_most(folder: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ExpertStream, "_fill", filled)
     monkeypatch.setattr(ExpertStream, "done", used)
     offloaded(images())
-    streams = {module.stream for module in offloaded.modules() if isinstance(module, StreamedExperts)}
+    streams = {module.stream for module in offloaded.modules() if isinstance(module, Streamed)}
     assert len(streams) == 1  # all layers share it
     slots = next(iter(streams)).slots
     assert sum(slot.host.numel() for slot in slots) == 2 * (512 + 64 + 512 + 48)  # padded to 64 bytes
@@ -137,29 +165,31 @@ def test_two_experts_are_held_at_most(folder: Path, monkeypatch: pytest.MonkeyPa
         else:
             held.remove(place)
     assert not held
-    assert sum(what == "read" for what, _ in events) <= 2 * E
+    heads = 2 * HEADS["attention_experts"] if kind == "mod_squad" else 0  # of each head first the query
+    assert sum(what == "read" for what, _ in events) <= 2 * (E + heads)
 
 
-def test_only_experts_with_tokens_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_experts_with_tokens_are_read(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     offloaded = AutoModelForMultiTask.from_pretrained(folder, offload_experts=True)
-    read: list[int] = []
+    read: list[tuple[str, int]] = []
     original = StoredRows.read
 
     def spy(self: StoredRows, row: int, into: Tensor) -> None:
-        read.append(row)
+        read.append((self.name, row))
         original(self, row, into)
 
     monkeypatch.setattr(StoredRows, "read", spy)
     with torch.no_grad():
-        for block in (1, 3):
-            for gate in offloaded.blocks[block].mlp.router.gates.values():
-                gate.zero_()  # equal probabilities: the first two experts
+        for name, parameter in offloaded.named_parameters():
+            if ".gates." in name:
+                parameter.zero_()  # equal probabilities: the first experts
     offloaded(images())
-    assert set(read) == {0, 1}
-    assert len(read) == 2 * 2 * 4  # layers, experts, tensors of each
+    mlp = [(f"blocks.{b}.mlp.experts.{n}", e) for b in (1, 3) for e in range(2) for n in StreamedExperts.passes[0]]
+    heads = [(f"blocks.{b}.attention.experts.{n}", e) for b in (0, 2) for e in range(3) for n in ("w_query", "w_out")]
+    assert sorted(read) == sorted(mlp + (heads if kind == "mod_squad" else []))
 
 
-def test_a_file_that_changes_or_goes_is_noticed(folder: Path) -> None:
+def test_a_file_that_changes_or_goes_is_noticed(folder: Path, kind: str) -> None:
     weights = folder / "model.safetensors"
     for harm, message in (
         (lambda: os.utime(weights, ns=(1, 1)), "changed while its experts were in use"),
@@ -167,21 +197,22 @@ def test_a_file_that_changes_or_goes_is_noticed(folder: Path) -> None:
         (lambda: os.truncate(weights, weights.stat().st_size // 2), "changed while"),
         (lambda: weights.unlink(), "was removed while its experts were in use; load the model anew"),
     ):
-        build().save_pretrained(folder)
+        build(kind).save_pretrained(folder)
         offloaded = AutoModelForMultiTask.from_pretrained(folder, offload_experts=True)
         before = offloaded(images()).logits["parts"]
         harm()
         for _ in range(2):  # the first failure leaves nothing locked
             with pytest.raises(CheckpointError, match=message):
                 offloaded(images())
-        build().save_pretrained(folder)
+        build(kind).save_pretrained(folder)
         anew = AutoModelForMultiTask.from_pretrained(folder, offload_experts=True)
         assert anew(images()).logits["parts"].equal(before)
 
 
 def test_values_are_checked(tmp_path: Path) -> None:
-    for name in ("blocks.1.mlp.experts.w_down", "blocks.0.mlp.up.weight"):
-        model = build()
+    experts = [f"blocks.2.attention.experts.{name}" for name in ("w_query", "w_out")]
+    for name in ("blocks.1.mlp.experts.w_down", "blocks.0.mlp.up.weight", *experts):
+        model = build("mod_squad")
         with torch.no_grad():
             model.get_parameter(name).view(-1)[-1] = torch.nan
         model.save_pretrained(tmp_path)
@@ -207,7 +238,7 @@ def test_what_needs_the_experts_is_refused(folder: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("given", [{"state_dict": {}}, {"ignore_mismatched_sizes": True}, {"device_map": "cpu"}])
 def test_options_that_contradict_offloading(folder: Path, given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="offload_experts: expected"):
-        M3ViTForMultiTask.from_pretrained(folder, offload_experts=True, **given)
+        AutoModelForMultiTask.from_pretrained(folder, offload_experts=True, **given)
 
 
 def test_a_model_without_experts_has_none_to_leave_on_disk(tmp_path: Path) -> None:
@@ -221,7 +252,10 @@ def test_a_copy_has_slots_of_its_own(folder: Path) -> None:
     expected = offloaded(images()).logits["parts"]
     other = copy.deepcopy(offloaded)
     assert other(images()).logits["parts"].equal(expected)
-    mine, others = (model.blocks[1].mlp.experts.stream.slots for model in (offloaded, other))
+    mine, others = (
+        next(module for module in model.modules() if isinstance(module, Streamed)).stream.slots
+        for model in (offloaded, other)
+    )
     assert not {slot.host.data_ptr() for slot in mine} & {slot.host.data_ptr() for slot in others}
 
 
@@ -243,8 +277,18 @@ def test_tensors_of_an_expert_do_not_overlap() -> None:
         name: StoredRows(name, Path("none"), 0, shape, torch.float32, state)
         for name, shape in (("w_up", (E, H, D)), ("b_up", (E, H)), ("w_down", (E, D, H)), ("b_down", (E, D)))
     }
-    found = list(streaming.places(stored).values())
+    found = list(streaming.places(stored, StreamedExperts.passes[0]).values())
     assert all(start % 64 == 0 for start, _ in found)
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(found))
     assert [stop - start for start, stop in found] == [4 * H * D, 4 * H, 4 * H * D, 4 * D]
-    assert streaming.expert_bytes(stored) == found[-1][1]
+    assert StreamedExperts.slot_bytes(stored) == found[-1][1]
+
+
+def test_a_slot_holds_one_tensor_of_a_head() -> None:
+    """What a pass does not need is not read."""
+    state = (0, 0, 0, 0)
+    stored = {
+        name: StoredRows(name, Path("none"), 0, shape, torch.float32, state)
+        for name, shape in (("w_query", (E, H, D)), ("w_out", (E, D, H)))
+    }
+    assert StreamedHeads.slot_bytes(stored) == 4 * H * D
