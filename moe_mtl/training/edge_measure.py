@@ -14,7 +14,6 @@ from scipy import ndimage
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
-MAX_DIST = 0.0075  # tolerance as a fraction of the map's diagonal; the field uses 0.011 for NYUD-v2
 THRESHOLDS = 33
 
 
@@ -35,7 +34,7 @@ class EdgeCounts:
     are left out.
     """
 
-    def __init__(self, max_dist: float = MAX_DIST, thresholds: int = THRESHOLDS):
+    def __init__(self, max_dist: float, thresholds: int = THRESHOLDS):
         self.max_dist = max_dist
         self.thresholds = np.arange(1, thresholds + 1) / (thresholds + 1)
         self.totals = np.zeros((3, thresholds))  # matched, predicted, labelled
