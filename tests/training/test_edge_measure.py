@@ -11,7 +11,8 @@ import pytest
 from scipy import ndimage
 from skimage.morphology import thin as reference_thin
 
-from moe_mtl.training.edge_measure import EdgeCounts, matches, non_maximum_suppression, thin, within
+from moe_mtl.data.ridges import non_maximum_suppression
+from moe_mtl.training.edge_measure import EdgeCounts, matches, thin, within
 
 
 @pytest.fixture
