@@ -14,7 +14,6 @@ METRICS = (
     *("auc", "group_auc", "log_loss", "accuracy", "f1", "rmse", "mae"),
     *("mean_iou", "pixel_accuracy", "max_f", "ods_f", "mean_angle", "abs_error"),
 )
-EDGE_WEIGHT = 0.95  # of an edge pixel in the loss; 1 - EDGE_WEIGHT of any other
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Kind:
         outputs: fewest and most outputs of a task.
         label_range: lowest and highest label, where they are bounded.
         dense: whether a row is a picture and its label a map.
-        balance: of a dense kind, `(labels_BHW, weights_BHW) -> ` factor of each pixel's loss.
+        balance: of a dense kind, `(labels_BHW, weights_BHW, edge_weight) -> ` factor of each pixel's loss.
     """
 
     label_dtype: torch.dtype
@@ -42,7 +41,7 @@ class Kind:
     outputs: tuple[int, int] = (1, 65_536)
     label_range: tuple[float, float] | None = None
     dense: bool = False
-    balance: Callable[[Tensor, Tensor], Tensor] | None = None
+    balance: Callable[[Tensor, Tensor, float], Tensor] | None = None
 
     @property
     def missing(self) -> float | int:
@@ -69,11 +68,11 @@ def _binary_map_loss(logits_BCHW: Tensor, labels_BHW: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits_BCHW.squeeze(1), _is_positive(labels_BHW), reduction="none")
 
 
-def _edge_balance(labels_BHW: Tensor, weights_BHW: Tensor) -> Tensor:
-    return (1 - EDGE_WEIGHT) + (2 * EDGE_WEIGHT - 1) * _is_positive(labels_BHW)
+def _edge_balance(labels_BHW: Tensor, weights_BHW: Tensor, edge_weight: float) -> Tensor:
+    return (1 - edge_weight) + (2 * edge_weight - 1) * _is_positive(labels_BHW)
 
 
-def _class_balance(labels_BHW: Tensor, weights_BHW: Tensor) -> Tensor:
+def _class_balance(labels_BHW: Tensor, weights_BHW: Tensor, edge_weight: float) -> Tensor:
     """Each class weighs the other's share of the batch (HED, Xie and Tu, ICCV 2015, equation 2): a batch of one class
     has no loss."""
     positive_BHW = _is_positive(labels_BHW)

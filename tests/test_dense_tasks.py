@@ -57,14 +57,14 @@ def pixels(logits: Tensor, labels: Tensor) -> list[tuple[int, list[float], Any]]
     return out
 
 
-def loss_by_hand(kind: str, logits: Tensor, labels: Tensor, weights: list[float]) -> float:
+def loss_by_hand(kind: str, logits: Tensor, labels: Tensor, weights: list[float], edge: float = 0.95) -> float:
     found = pixels(logits, labels)
     total = sum(weights[b] for b, _, _ in found)
     if kind == "saliency":
         positive = sum(weights[b] for b, _, y in found if y >= 0.5)
         factor = {True: (total - positive) / total, False: positive / total}
     else:
-        factor = {True: 0.95, False: 0.05}
+        factor = {True: edge, False: 1 - edge}
     top = 0.0
     for b, z, y in found:
         if kind == "segmentation":
@@ -79,6 +79,31 @@ def loss_by_hand(kind: str, logits: Tensor, labels: Tensor, weights: list[float]
             loss = -factor[y >= 0.5] * math.log(p if y >= 0.5 else 1 - p)
         top += weights[b] * loss
     return top / total
+
+
+@pytest.mark.parametrize("edge", [0.925, 0.5, 0.05])
+def test_an_edge_pixel_weighs_what_the_task_says(edge: float) -> None:
+    task = Task("t", "edges", edge_weight=edge)
+    logits, labels = batch_of(task, 0)
+    expected = loss_by_hand("edges", logits, labels, [1.0] * B, edge)
+    assert task.loss(logits, labels).item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_what_is_of_edges_alone() -> None:
+    """Saved only where it differs, so that tasks saved without it are the same task."""
+    assert Task("t", "edges").to_dict() == Task("t", "edges", edge_weight=0.95, edge_tolerance=0.0075).to_dict()
+    assert Task("t", "edges").to_dict() == {"name": "t", "kind": "edges"}
+    other = Task("t", "edges", edge_weight=0.925, edge_tolerance=0.011)
+    assert other.to_dict() == {"name": "t", "kind": "edges", "edge_weight": 0.925, "edge_tolerance": 0.011}
+    assert Task.from_dict(other.to_dict()) == other
+    for field in ("edge_weight", "edge_tolerance"):
+        for value in (0.0, 1.0, -0.1, float("nan"), 1, True, "0.5", None):
+            with pytest.raises(
+                ValueError, match=f"task 't': {field} must be a number between 0 and 1, found {value!r}"
+            ):
+                Task("t", "edges", **{field: value})  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"task 't': a saliency task has no {field}, found 0.5"):
+            Task("t", "saliency", **{field: 0.5})  # type: ignore[arg-type]
 
 
 def test_every_dense_kind_is_held_to_a_reference() -> None:

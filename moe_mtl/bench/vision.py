@@ -5,15 +5,19 @@ Models have random weights and are measured in turns, in one run; ratios are med
 Parts: `latency` is the forward of one task, extracted, beside that of all tasks, and the ratio that their multiply-adds
 predict; `experts` a training step of one sparse layer (forward, backward, balance; no optimiser, whose work grows with
 what is stored) with few and with many experts, as many chosen; `memory` what loading a model and answering one image
-holds at its peak, with its experts in memory and with `offload_experts`, each in a process of its own.
+holds at its peak, with its experts in memory and with `offload_experts`, each in a process of its own. What that saves
+is told in two ways, beside the peak with all experts in memory and beside the size of the model's weights; and so is
+how far each peak lies above the weights that are in memory: what activations take, and loading.
 """
 
 import gc
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +25,7 @@ from torch import nn
 
 from ..layers.moe import SparseExperts, SparseMLP, TaskRouter
 from ..models import AutoModelForMultiTask
-from ..models.m3vit import M3ViTConfig, M3ViTForMultiTask
+from ..models.m3vit import SIZES, M3ViTConfig, M3ViTForMultiTask
 from ..pathway import cost
 from .memory import give_back_what_is_freed, peak_of_call
 from .report import aligned, require_known, to_stderr, write
@@ -62,7 +66,7 @@ class Options:
         selected: experts chosen per token.
         memory_size: of tiny, small, base: the model whose memory is measured.
         rounds: measurements of each contender; of the model small at most 3.
-        slice_seconds: how long a measurement lasts at least.
+        slice_seconds: how long a measurement lasts at least; 0 for one call.
         threads: of torch.
         seed: of weights and inputs.
         output: folder for vision.json.
@@ -85,12 +89,25 @@ class Options:
 
     def __post_init__(self) -> None:
         require_known(self, {"parts": PARTS, "models": MODELS})
+        if self.memory_size not in SIZES:
+            raise ValueError(f"memory_size: expected one of {', '.join(SIZES)}, found {self.memory_size!r}")
+        if not 0 <= self.slice_seconds < math.inf:
+            raise ValueError(f"slice_seconds: expected seconds, at least 0, found {self.slice_seconds}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected an integer in [0, 2^63), found {self.seed}")
+        if self.output is not None and (file := _file_among(Path(self.output))):
+            raise ValueError(f"output: expected a folder or none yet, found a file: {file}")
         for name in ("tokens", "width", "hidden", "selected", "rounds", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
         for name, least in (("batches", 1), ("experts", self.selected)):
             if not getattr(self, name) or min(getattr(self, name)) < least:
                 raise ValueError(f"{name}: expected numbers of at least {least}, found {getattr(self, name)}")
+
+
+def _file_among(path: Path) -> Path | None:
+    """The file that stands in the way of a folder, if there is one."""
+    return next((one for one in (path, *path.parents) if one.exists() and not one.is_dir()), None)
 
 
 def run(options: Options, progress: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
@@ -201,7 +218,13 @@ def layers(options: Options) -> list[dict[str, Any]]:
 
 
 def memory(options: Options) -> dict[str, Any]:
-    """Bytes: of the model, of its experts, and peaks."""
+    """Bytes: of the model, of its experts, and peaks.
+
+    Returns:
+        `saved`: the held peak less the offloaded one; `below_model`: the model's size less the offloaded peak, negative
+        where that is above; `beyond_weights`: each peak less the weights that are in memory, all of them or, offloaded,
+        two experts and all that is no expert. None where peaks cannot be measured.
+    """
     config = M3ViTConfig.of_size(options.memory_size, image_size=[64, 64], tasks=TASKS)
     torch.manual_seed(options.seed)
     model = M3ViTForMultiTask(config).eval()
@@ -212,14 +235,18 @@ def memory(options: Options) -> dict[str, Any]:
         model.save_pretrained(folder)
         peaks = {way: _in_a_process(folder, way == "offloaded", options.threads) for way in ("held", "offloaded")}
     held, offloaded = peaks.values()
+    total = sum(sizes.values())
+    resident = {"held": total, "offloaded": total - experts + two}
     return {
         "model": options.memory_size,
-        "model_bytes": sum(sizes.values()),
+        "model_bytes": total,
         "expert_bytes": experts,
         "two_experts_bytes": two,
         "peaks": peaks,
         "saved": None if held is None or offloaded is None else held - offloaded,
         "asked": experts - two,
+        "below_model": None if offloaded is None else total - offloaded,
+        "beyond_weights": {way: None if peak is None else peak - resident[way] for way, peak in peaks.items()},
     }
 
 
@@ -278,6 +305,8 @@ def table(result: Mapping[str, Any]) -> str:
         told = {name: found[name] for name in ("model_bytes", "expert_bytes", "two_experts_bytes")}
         told |= {f"peak, {way}": peak for way, peak in found["peaks"].items()}
         told |= {"saved": found["saved"], "asked: at least": found["asked"]}
+        told |= {"below the model's size": found["below_model"]}
+        told |= {f"peak beyond weights, {way}": size for way, size in found["beyond_weights"].items()}
         rows = [[name, "" if size is None else f"{size / 2**20:,.1f}"] for name, size in told.items()]
         lines += ["", f"memory of {found['model']}, one image of 64 x 64", "", *aligned(["", "MiB"], rows)]
     return "\n".join(lines)

@@ -7,7 +7,8 @@
   moe-mtl predict photo.jpg --model runs/photo-tiles-m3vit --task edges --output edges.png
 
 Pictures: maps of a photograph's own size are drawn over it, into a picture, or of several tasks or pictures into a
-folder; into a file that ends in .npy goes the map itself. Large photographs are answered window by window.
+folder; into a file that ends in .npy goes the map itself. Large photographs are answered window by window. What tasks
+say with no map, a class or a value, goes into a file that ends in .jsonl, or into answers.jsonl of the folder.
 
 A language model, or an adapter on one, answers JSON lines that have prompt or messages, and task unless --task says it
 for all.
@@ -34,7 +35,7 @@ def configure(parser: Parser) -> None:
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help=".csv, .parquet or .jsonl, by default JSON lines on stdout; of pictures .png, .npy or a folder",
+        help=".csv, .parquet or .jsonl, by default JSON lines on stdout; of pictures .png, .npy, .jsonl or a folder",
     )
     parser.add_argument("--task", nargs="+", action="extend", metavar="TASK", help="answer these only")
     parser.add_argument("--keep", nargs="+", action="extend", default=[], metavar="COLUMN", help="carry these along")
@@ -88,7 +89,7 @@ def _pictures(folder: Path, inputs: list[str], arguments: argparse.Namespace) ->
     from ..training.saved import batch_size_of
 
     if arguments.output is None:
-        raise UsageError("--output: expected a picture, a .npy file or a folder for what is drawn, found none")
+        raise UsageError("--output: expected a picture, a .npy or .jsonl file or a folder for the answers, found none")
     if arguments.keep or arguments.max_new_tokens:
         raise UsageError("--keep is for rows of a table, --max-new-tokens for language models; this one reads pictures")
     batch_size = arguments.batch_size or min(WINDOWS, batch_size_of(folder))

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 VIRIDIS = np.frombuffer(
     bytes.fromhex("440154 472d7b 3b528b 2c728e 21918c 28ae80 5ec962 addc30 fde725"), np.uint8
 ).reshape(-1, 3)
-EDGE = (214, 40, 40)
+EDGE = (16, 16, 24)
+PALE = 0.2  # of a photograph's contrast, under edges
 SALIENT = (255, 176, 0)
 OPACITY = 0.6
 FONT, MARGIN = 13, 6  # pixels
@@ -29,7 +30,7 @@ MOST_NAMES = 16  # of classes in a legend
 def draw(processor: "VisionProcessor", pixels_HWC: np.ndarray, task: Task, prediction: Any) -> Image.Image:
     """See `VisionProcessor.draw`; `pixels_HWC` is uint8 RGB."""
     if not task.dense:
-        return _with_text(Image.fromarray(pixels_HWC), [f"{task.name}: {_told(processor, task, prediction)}"])
+        return _with_text(Image.fromarray(pixels_HWC), _told(processor, task, prediction))
     map_ = _fitted(processor, pixels_HWC.shape[:2], task, np.asarray(prediction))
     photograph_HWC = pixels_HWC.astype(np.float32)
     if task.kind == "segmentation":
@@ -44,9 +45,8 @@ def draw(processor: "VisionProcessor", pixels_HWC: np.ndarray, task: Task, predi
         drawn = _blend(photograph_HWC, viridis((map_ - low) / max(high - low, 1e-12)), known)
         return _with_scale(_picture(drawn), low, high, processor.units.get(task.name, ""))
     share = np.where(known, map_, 0)
-    if task.kind == "edges":  # over the photograph in pale grey
-        photograph_HWC = np.repeat(128 + photograph_HWC.mean(-1, keepdims=True) / 2, 3, -1)
-        return _picture(_blend(photograph_HWC, np.array(EDGE), share))
+    if task.kind == "edges":
+        return _picture(_blend(_pale(photograph_HWC), np.array(EDGE), _lines(share)))
     return _picture(_blend(photograph_HWC, np.array(SALIENT), OPACITY * share))
 
 
@@ -95,12 +95,35 @@ def _resized(map_HW: np.ndarray, size: tuple[int, ...], smooth: bool) -> np.ndar
     return np.array(Image.fromarray(map_HW.astype(number)).resize((size[1], size[0]), method))
 
 
-def _told(processor: "VisionProcessor", task: Task, prediction: Any) -> str:
-    value = np.asarray(prediction)
-    if value.size != 1:
-        raise DataError(f"prediction of task {task.name!r}: expected one class or value, found {prediction!r:.80}")
-    text = f"{float(value.item()):.3g}" if value.dtype.kind == "f" else str(value.item())
-    return f"{text} {processor.units.get(task.name, '')}".strip()
+def _told(processor: "VisionProcessor", task: Task, prediction: Any) -> list[str]:
+    """A line of a class or of values, or a line for each label with its probability, the likeliest first."""
+    values = np.asarray(prediction).ravel()
+    expected = 1 if task.kind == "multiclass" else task.num_outputs
+    if len(values) != expected:
+        what = "one class or value" if expected == 1 else f"{expected} values"
+        raise DataError(f"prediction of task {task.name!r}: expected {what}, found {prediction!r:.80}")
+    texts = [f"{float(value):.3g}" if values.dtype.kind == "f" else str(value) for value in values]
+    if task.kind == "multilabel":
+        likeliest = np.argsort(-values, kind="stable").tolist()
+        names = processor.class_names(task.name)
+        lines = [f"{task.name}/{names[i]}: {texts[i]}" for i in likeliest[:MOST_NAMES]]
+        return lines + [f"and {expected - MOST_NAMES} more"] * (expected > MOST_NAMES)
+    return [f"{task.name}: {', '.join(texts)} {processor.units.get(task.name, '')}".strip()]
+
+
+def _pale(photograph_HWC: np.ndarray) -> np.ndarray:
+    """In light grey, so that what is drawn in dark stands out everywhere."""
+    return np.repeat(255 - PALE * (255 - photograph_HWC.mean(-1, keepdims=True)), 3, -1)
+
+
+def _lines(share_HW: np.ndarray) -> np.ndarray:
+    """Opacity of edges: along ridges one pixel wide, from none where an edge is as likely as not to full where sure.
+
+    A map itself would show little: the loss weighs edges so much that most of a textured surface is likely.
+    """
+    from .ridges import non_maximum_suppression
+
+    return np.maximum(2 * non_maximum_suppression(share_HW[None])[0] - 1, 0)
 
 
 def _blend(photograph_HWC: np.ndarray, over: np.ndarray, opacity_HW: np.ndarray) -> np.ndarray:

@@ -313,7 +313,11 @@ class ImageSplits:
         names = check_task_names(tasks, [task.name for task in self.tasks])
         processor = self.processor.for_tasks(names)
         parts = {name: part.with_processor(processor) for name, part in self.parts().items()}
-        return ImageSplits(**parts, tasks=processor.parsed_tasks, processor=processor, info=self.info)
+        return type(self)(**parts, tasks=processor.parsed_tasks, processor=processor, info=self._info_of(parts))
+
+    def _info_of(self, parts: Mapping[str, ImageTable]) -> dict[str, Any]:
+        """What is told of the pictures that are left: some tables drop those without a label."""
+        return self.info | {"rows": rows_of(parts)}
 
 
 def rows_of(parts: Mapping[str, ImageTable]) -> dict[str, int]:

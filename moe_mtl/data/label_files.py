@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ..tasks import Task
 from .augmentation import Augmentation
 from .errors import DataError
 from .images import FileImages, ImageSplits, LabelFiles, rows_of
@@ -73,6 +74,12 @@ def held_out(names: Iterable[str], share: float) -> tuple[list[str], list[str]]:
         drawn = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8
         (aside if drawn < share else rest).append(name)
     return rest, aside
+
+
+def with_edge_options(tasks: Iterable[Task], edge_weight: float, edge_tolerance: float) -> list[dict[str, Any]]:
+    """The tasks as a processor takes and checks them, those of edges with what a data set's options say of them."""
+    options = {"edge_weight": edge_weight, "edge_tolerance": edge_tolerance}
+    return [task.to_dict() | (options if task.kind == "edges" else {}) for task in tasks]
 
 
 def file_splits(

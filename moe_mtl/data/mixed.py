@@ -62,14 +62,28 @@ def load(options: Options) -> ImageSplits:
     tables = {
         part: JoinedImages({name: splits.parts()[part] for name, splits in loaded.items()}, processor) for part in PARTS
     }
-    info = {
+    info = _told({name: splits.info for name, splits in loaded.items()}, tables)
+    return MixedSplits(**tables, tasks=processor.parsed_tasks, processor=processor, info=info)
+
+
+def _told(infos: Mapping[str, Mapping[str, Any]], tables: Mapping[str, ImageTable]) -> dict[str, Any]:
+    """The info of all, from each data set's."""
+    return {
         "name": "mixed",
-        "licence": "; ".join(f"{name}: {splits.info['licence']}" for name, splits in loaded.items()),
-        "sha256": content_hash(*(_bytes(splits.info["sha256"]) for splits in loaded.values())),
+        "licence": "; ".join(f"{name}: {info['licence']}" for name, info in infos.items()),
+        "sha256": content_hash(*(_bytes(info["sha256"]) for info in infos.values())),
         "rows": rows_of(tables),
-        "parts": {name: splits.info for name, splits in loaded.items()},
+        "parts": dict(infos),
     }
-    return ImageSplits(**tables, tasks=processor.parsed_tasks, processor=processor, info=info)
+
+
+class MixedSplits(ImageSplits):
+    """Several data sets as one; of some tasks alone, only those that have one of them."""
+
+    def _info_of(self, parts: Mapping[str, ImageTable]) -> dict[str, Any]:
+        train = parts["train"]
+        assert isinstance(train, JoinedImages)
+        return _told({name: self.info["parts"][name] for name in train.tables}, parts)
 
 
 class JoinedImages(ImageTable):

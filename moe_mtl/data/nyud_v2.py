@@ -25,7 +25,16 @@ import numpy as np
 from ..tasks import Task
 from .errors import DataError
 from .images import ImageSplits, LabelFiles, check_tasks
-from .label_files import file_splits, folder_of, names_in, read_numbers, read_png, require_files, unit_normals
+from .label_files import (
+    file_splits,
+    folder_of,
+    names_in,
+    read_numbers,
+    read_png,
+    require_files,
+    unit_normals,
+    with_edge_options,
+)
 from .vision_processor import IMAGENET_MEAN, IMAGENET_STD, VisionProcessor
 
 NUM_CLASSES = 40
@@ -59,6 +68,8 @@ class Options:
         image_size: height and width of the model's input: pictures keep their scale and are centred on black.
         validation: share of the training pictures that is set aside.
         augment: mirror, enlarge and shrink training pictures, and change their brightness and contrast, as InvPT does.
+        edge_weight: of an edge pixel in the loss, see `Task`; 0.925 in MLoRE.
+        edge_tolerance: of `ods_f`, a fraction of the picture's diagonal, see `Task`.
     """
 
     path: str | Path
@@ -66,6 +77,8 @@ class Options:
     image_size: tuple[int, ...] = (448, 576)
     validation: float = 0.05
     augment: bool = True
+    edge_weight: float = 0.95
+    edge_tolerance: float = 0.011
 
 
 def load(options: Options) -> ImageSplits:
@@ -79,7 +92,7 @@ def load(options: Options) -> ImageSplits:
     root = folder_of("nyud-v2", options.path, ["gt_sets", "images", *folders])
     processor = VisionProcessor(
         options.image_size,
-        [TASKS[task] for task in tasks],
+        with_edge_options((TASKS[task] for task in tasks), options.edge_weight, options.edge_tolerance),
         {"segmentation": CLASSES.split()} if "segmentation" in tasks else {},
         {"depth": "m"} if "depth" in tasks else {},
         image_mean=IMAGENET_MEAN,

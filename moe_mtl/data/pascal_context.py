@@ -38,6 +38,7 @@ from .label_files import (
     read_png,
     require_files,
     unit_normals,
+    with_edge_options,
 )
 from .vision_processor import IMAGENET_MEAN, IMAGENET_STD, VisionProcessor
 
@@ -88,6 +89,8 @@ class Options:
         image_size: height and width of the model's input: pictures keep their scale and are centred on black.
         validation: share of the training pictures that is set aside.
         augment: mirror, enlarge and shrink training pictures, and change their brightness and contrast, as InvPT does.
+        edge_weight: of an edge pixel in the loss, see `Task`; 0.925 in MLoRE.
+        edge_tolerance: of `ods_f`, a fraction of the picture's diagonal, see `Task`.
     """
 
     path: str | Path
@@ -95,6 +98,8 @@ class Options:
     image_size: tuple[int, ...] = (512, 512)
     validation: float = 0.05
     augment: bool = True
+    edge_weight: float = 0.95
+    edge_tolerance: float = 0.0075
 
 
 def load(options: Options) -> ImageSplits:
@@ -108,7 +113,7 @@ def load(options: Options) -> ImageSplits:
     readers = {task: _labels(root, task) for task in tasks}
     processor = VisionProcessor(
         options.image_size,
-        [TASKS[task] for task in tasks],
+        with_edge_options((TASKS[task] for task in tasks), options.edge_weight, options.edge_tolerance),
         {task: CLASSES[task].split() for task in tasks if task in CLASSES},
         image_mean=IMAGENET_MEAN,
         image_std=IMAGENET_STD,

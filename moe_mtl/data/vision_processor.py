@@ -241,7 +241,8 @@ class VisionProcessor(SavedProcessor):
             image: as for `__call__`.
             task: its name.
             prediction: what `decode` gives for one picture: a map of the picture's own size or of the model's input,
-                which is then fitted to the picture; or a class or value, which is written below it.
+                which is then fitted to the picture; or a class, a value or several, or the probabilities of several
+                labels, which are written below it.
 
         Returns:
             RGB, with a legend where there is something to tell.

@@ -142,10 +142,10 @@ class MaxF:
 
 
 class Edges:
-    """`ods_f`, see `EdgeCounts`."""
+    """`ods_f`, see `EdgeCounts`, within the task's `edge_tolerance`."""
 
     def __init__(self, task: Task):
-        self.counts = EdgeCounts()
+        self.counts = EdgeCounts(task.edge_tolerance)
         self.totals = self.counts.totals
 
     def add(self, predicted: Tensor, labels: Tensor, counted_BHW: Tensor) -> None:

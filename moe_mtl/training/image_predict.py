@@ -5,6 +5,7 @@ model's input.
 """
 
 import io
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..models import AutoModelForMultiTask, MultiTaskConfig, MultiTaskModel, mod
 from ..tasks import check_task_names
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+ANSWERS = "answers.jsonl"  # in a folder of pictures
 WINDOWS = 64  # at a time
 OVERLAP = 0.5  # of a window's side, at least
 
@@ -199,13 +201,18 @@ def predict_files(
     batch_size: int = WINDOWS,
     progress: bool = True,
 ) -> list[Path]:
-    """Draws what a saved model says of pictures, and tells which files it wrote.
+    """Writes what a saved model says of pictures, and tells which files it wrote.
+
+    Maps of dense tasks are drawn. What other tasks say, one answer for a picture, is a line of JSON for each, with
+    `picture`, its path, and the columns of `VisionProcessor.decode`.
 
     Args:
         folder: a folder, zoo name or Hub id.
         inputs: pictures, or folders of them.
-        output: a picture (`.png`, `.jpg`, ...), or an array `.npy` of what `predict_picture` gives, for one picture and
-            one task; any other name is a folder, for `<picture>-<task>.png`.
+        output: a picture (`.png`, `.jpg`, ...), in which an answer that is no map is written below, or an array `.npy`
+            of what `predict_picture` gives (of several labels: their probabilities), for one picture and one task;
+            `.jsonl` for tasks that are not dense, of any number of pictures; any other name is a folder, for
+            `<picture>-<task>.png` of dense tasks and `answers.jsonl` of all others.
         tasks: which; only what they need is loaded.
         batch_size: windows per forward pass.
         progress: show a bar over a large photograph's windows, if the error stream is a terminal.
@@ -216,7 +223,13 @@ def predict_files(
     """
     where, output = resolve(folder), Path(output)
     paths = pictures_in(inputs)
-    names = check_task_names(tasks, model_config(where).task_names)
+    config = model_config(where)
+    names = check_task_names(tasks, config.task_names)
+    dense = [task.name for task in config.parsed_tasks if task.dense and task.name in names]
+    told = [name for name in names if name not in dense]
+    lines = output.suffix.lower() == ".jsonl"
+    if lines and dense:
+        raise DataError(f"output: expected a folder or a picture for maps, of {', '.join(dense)}, found {output.name}")
     single = output.suffix.lower() in (*SUFFIXES, ".npy")
     if single and (len(paths) > 1 or len(names) > 1):
         raise DataError(
@@ -224,34 +237,47 @@ def predict_files(
         )
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output: there is no folder {output.parent}")
-    if output.exists() and output.is_dir() == single:
-        raise DataError(f"output: expected {'a file' if single else 'a folder'}, found otherwise: {output}")
-    targets = {(p, name): output if single else output / f"{p.stem}-{name}.png" for p in paths for name in names}
+    if output.exists() and output.is_dir() == (single or lines):
+        raise DataError(f"output: expected {'a file' if single or lines else 'a folder'}, found otherwise: {output}")
+    drawn = names if single else dense
+    targets = {(p, name): output if single else output / f"{p.stem}-{name}.png" for p in paths for name in drawn}
     if len(set(targets.values())) < len(targets):
         raise DataError("pictures: expected names that differ by more than their ending, found the same twice")
     for path in paths:
         pixels_of(path)  # what cannot be read is told before the work
     model = AutoModelForMultiTask.from_pretrained(where, tasks=names)
     processor = VisionProcessor.from_pretrained(where)
-    if not single:
+    if not single and not lines:
         output.mkdir(exist_ok=True)
-    written = []
+    written, answers = [], []
     for path in paths:
         pixels_HWC = pixels_of(path)
         windows = count_windows(processor, *pixels_HWC.shape[:2])
         show = progress and sys.stderr.isatty() and windows > 1
         with tqdm(total=windows, unit="window", desc=path.name, disable=not show) as bar:
             found = predict_picture(model, processor, pixels_HWC, names, batch_size, bar.update)
-        for name in names:
-            target, content = targets[path, name], io.BytesIO()
+        for name in drawn:
+            target, content, answer = targets[path, name], io.BytesIO(), _answer(processor, name, found)
             if target.suffix.lower() == ".npy":
-                np.save(content, found[name], allow_pickle=False)
+                np.save(content, answer, allow_pickle=False)
             else:
-                drawn = processor.draw(pixels_HWC, name, found[name])
-                drawn.save(content, Image.registered_extensions()[target.suffix.lower()])
+                picture = processor.draw(pixels_HWC, name, answer)
+                picture.save(content, Image.registered_extensions()[target.suffix.lower()])
             write_atomically(target, content.getvalue())
             written.append(target)
+        columns = {key: values for key, values in found.items() if key.partition("/")[0] in told}
+        answers.append({"picture": str(path)} | {key: np.asarray(values).tolist() for key, values in columns.items()})
+    if told and not single:
+        written.append(output if lines else output / ANSWERS)
+        write_atomically(written[-1], "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answers))
     return written
+
+
+def _answer(processor: VisionProcessor, name: str, found: dict[str, np.ndarray]) -> np.ndarray:
+    """What was found of one task, in one array."""
+    if processor.task(name).kind != "multilabel":
+        return found[name]
+    return np.array([found[f"{name}/{of}"] for of in processor.class_names(name)])
 
 
 def model_config(folder: Path) -> MultiTaskConfig:

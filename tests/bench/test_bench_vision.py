@@ -47,7 +47,23 @@ def test_memory_is_compared_with_what_the_experts_hold(monkeypatch: pytest.Monke
     assert found["two_experts_bytes"] == found["expert_bytes"] // 48
     assert found["asked"] == found["expert_bytes"] - found["two_experts_bytes"] < found["model_bytes"]
     assert found["saved"] == 50 * 2**20
-    assert "peak, offloaded" in vision.table({"torch": "", "options": {"threads": 1}, "memory": found})
+    assert found["below_model"] == found["model_bytes"] - 40 * 2**20
+    rest = found["model_bytes"] - found["expert_bytes"] + found["two_experts_bytes"]
+    assert found["beyond_weights"] == {"held": 90 * 2**20 - found["model_bytes"], "offloaded": 40 * 2**20 - rest}
+    told = vision.table({"torch": "", "options": {"threads": 1}, "memory": found})
+    lines = {line[:30].strip(): line[30:].strip() for line in told.splitlines()}
+    assert lines["peak, offloaded"] == "40.0"
+    assert lines["below the model's size"] == f"{found['below_model'] / 2**20:,.1f}"
+    for way, size in found["beyond_weights"].items():
+        assert lines[f"peak beyond weights, {way}"] == f"{size / 2**20:,.1f}"
+
+
+def test_where_peaks_cannot_be_measured_sizes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vision, "_in_a_process", lambda folder, offload, threads: None)
+    found = vision.memory(Options(**TINY))
+    assert found["saved"] is found["below_model"] is None
+    assert found["beyond_weights"] == {"held": None, "offloaded": None}
+    assert "below the model's size" in vision.table({"torch": "", "options": {"threads": 1}, "memory": found})
 
 
 @pytest.mark.parametrize(
@@ -58,6 +74,12 @@ def test_memory_is_compared_with_what_the_experts_hold(monkeypatch: pytest.Monke
         ({"batches": ()}, "batches: expected numbers of at least 1"),
         ({"experts": (2, 8), "selected": 4}, "experts: expected numbers of at least 4"),
         ({"rounds": 0}, "rounds: expected at least 1"),
+        ({"memory_size": "large"}, "memory_size: expected one of tiny, small, base, found 'large'"),
+        ({"slice_seconds": -0.1}, "slice_seconds: expected seconds, at least 0, found -0.1"),
+        ({"slice_seconds": float("nan")}, "slice_seconds: expected seconds, at least 0, found nan"),
+        ({"slice_seconds": float("inf")}, "slice_seconds: expected seconds, at least 0, found inf"),
+        ({"seed": -1}, r"seed: expected an integer in \[0, 2\^63\), found -1"),
+        ({"output": f"{__file__}/results"}, "output: expected a folder or none yet, found a file: .*test_bench_vision"),
     ],
 )
 def test_options_that_make_no_sense(given: dict[str, Any], message: str) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moe_mtl.data import DataError, VisionProcessor
+from moe_mtl.data import DataError, VisionProcessor, drawing
 from moe_mtl.data.drawing import EDGE, SALIENT, class_colour, viridis
 from moe_mtl.tasks import Task, UnknownTaskError
 
@@ -59,15 +59,21 @@ def test_colours_of_classes_are_apart():
     assert np.array([apart[i, i + 1] for i in range(39)]).min() >= 190  # neighbours in number
 
 
-def test_edges_over_pale_grey():
+def test_edges_are_thin_dark_lines_over_pale_grey():
     pixels = picture()
-    share = np.random.default_rng(1).random((60, 90), np.float32)
-    share[3, 4], share[5, 6] = 0, 1
+    x = np.arange(90)
+    share = np.tile(np.exp(-((x - 20) ** 2) / 8) + 0.8 * np.exp(-((x - 60) ** 2) / 8), (60, 1)).astype(np.float32)
+    share[:, 40], share[:, 80] = 0.4, np.nan  # less likely than not; unknown
     out = drawn("edges", share, pixels)
-    assert np.abs(out[3, 4] - (128 + pixels[3, 4].mean() / 2)).max() <= 1
-    assert out[5, 6].tolist() == list(EDGE)
-    expected = (128 + pixels[7, 8].mean() / 2) * (1 - share[7, 8]) + np.array(EDGE) * share[7, 8]
-    assert np.abs(out[7, 8] - expected).max() <= 1
+    pale = np.repeat(255 - 0.2 * (255 - pixels.mean(-1, keepdims=True)), 3, -1)
+    expected = pale.copy()
+    expected[:, 20] = EDGE  # sure
+    expected[:, 60] = 0.4 * pale[:, 60] + 0.6 * np.array(EDGE)  # 2 x 0.8 - 1
+    assert np.abs(out - expected).max() <= 1
+    assert pale.min() - max(EDGE) > 180
+    # A texture that is likely everywhere is no plain of ink.
+    grain = 0.7 + 0.1 * np.random.default_rng(0).random((60, 90), np.float32)
+    assert (drawn("edges", grain, pixels) > pale - 2).all(-1).mean() > 0.6
 
 
 def test_saliency_tints_the_photograph():
@@ -132,6 +138,35 @@ def test_what_is_one_per_picture_is_written_below():
         assert (out[60:] < 100).any()
     with pytest.raises(DataError, match="prediction of task 'kind': expected one class or value, found"):
         processor().draw(pixels, "kind", ["a", "b"])
+
+
+def test_several_values_and_labels_are_written_below(monkeypatch):
+    written = []
+    plain = drawing._with_text
+    monkeypatch.setattr(drawing, "_with_text", lambda picture, lines: written.append(lines) or plain(picture, lines))
+    tasks = [
+        Task("size", "regression", 2),
+        Task("has", "multilabel", 3),
+        Task("one", "multilabel"),
+        Task("many", "multilabel", 20),
+    ]
+    several = VisionProcessor([8, 8], tasks, {"has": ["cat", "dog", "tree"]}, {"size": "cm"})
+    pixels = picture()
+    for task, values in (
+        ("size", [1.5, 20]),
+        ("has", [0.25, 0.5, 0.125]),
+        ("one", [0.75]),
+        ("many", np.arange(20) / 20),
+    ):
+        out = np.array(several.draw(pixels, task, np.array(values, np.float32)))
+        assert np.array_equal(out[:60, :90], pixels)
+        assert (out[60:] < 100).any()
+    assert written[:3] == [["size: 1.5, 20 cm"], ["has/dog: 0.5", "has/cat: 0.25", "has/tree: 0.125"], ["one/0: 0.75"]]
+    assert written[3][0] == "many/19: 0.95"
+    assert written[3][15:] == ["many/4: 0.2", "and 4 more"]
+    for task in ("size", "has"):
+        with pytest.raises(DataError, match=f"prediction of task '{task}': expected [23] values, found"):
+            several.draw(pixels, task, np.zeros(4, np.float32))
 
 
 def test_many_classes_on_a_small_picture():

@@ -146,7 +146,13 @@ def test_two_data_sets_that_ship():
     for name, part in splits.parts().items():
         assert len(part) == rows["photo-tiles"][name] + rows["digit-pairs"][name] == splits.info["rows"][name]
         assert int(part.present("left").sum()) == rows["digit-pairs"][name]
-    assert len(splits.only(["left"]).train) == rows["digit-pairs"]["train"]
+    left = splits.only(["left"])
+    assert len(left.train) == rows["digit-pairs"]["train"]
+    assert left.info["rows"] == {part: len(table) for part, table in left.parts().items()} == rows["digit-pairs"]
+    assert left.info["parts"] == {"digit-pairs": splits.info["parts"]["digit-pairs"]}
+    assert left.info["licence"] == f"digit-pairs: {splits.info['parts']['digit-pairs']['licence']}"
+    assert left.info["sha256"] != splits.info["sha256"]
+    assert splits.only([task.name for task in splits.tasks]).info == splits.info
     assert splits.info["sha256"] != splits.info["parts"]["digit-pairs"]["sha256"]
 
 

@@ -21,6 +21,7 @@ def test_maps_are_what_the_files_say(tmp_path):
         ("normals", 10),
         ("edges", 50),
     ]
+    assert splits.tasks[3].edge_tolerance == 0.011
     assert splits.info["rows"]["train"] + splits.info["rows"]["validation"] == 30
     assert splits.info["rows"]["test"] == 2
     names = [set(part.names) for part in splits.parts().values()]
@@ -159,3 +160,6 @@ def test_wrong_options(tmp_path):
         load("nyud-v2", path=root, validation=0.0)
     with pytest.raises(DataError, match=r"image_size: expected \[height, width\], found"):
         load("nyud-v2", path=root, image_size=[448], validation=0.5)
+    for option in ("edge_weight", "edge_tolerance"):
+        with pytest.raises(DataError, match=f"task 'edges': {option} must be a number between 0 and 1, found 1.5"):
+            load("nyud-v2", path=root, validation=0.5, **{option: 1.5})

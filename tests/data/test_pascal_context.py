@@ -22,6 +22,10 @@ def test_maps_are_what_the_files_say(tmp_path):
         "normals": 10,
         "edges": 50,
     }
+    assert (splits.tasks[4].edge_weight, splits.tasks[4].edge_tolerance) == (0.95, 0.0075)
+    as_mlore = load("pascal-context", path=str(root), image_size=[20, 24], edge_weight=0.925, edge_tolerance=0.01)
+    assert (as_mlore.tasks[4].edge_weight, as_mlore.tasks[4].edge_tolerance) == (0.925, 0.01)
+    assert as_mlore.processor.task("edges").weight == 50
     assert splits.info["rows"]["test"] == 3
     assert not set(splits.train.names) & set(splits.validation.names)
     batch = splits.test[:]

@@ -11,7 +11,8 @@ import pytest
 from scipy import ndimage
 from skimage.morphology import thin as reference_thin
 
-from moe_mtl.training.edge_measure import EdgeCounts, matches, non_maximum_suppression, thin, within
+from moe_mtl.data.ridges import non_maximum_suppression
+from moe_mtl.training.edge_measure import EdgeCounts, matches, thin, within
 
 
 @pytest.fixture
@@ -163,7 +164,7 @@ def test_counts_are_pooled_over_batches(rng):
     edges = rng.random((4, 5, 6)) < 0.25
     counted = rng.random((4, 5, 6)) < 0.8
     probabilities = np.clip(edges * 0.3 + rng.random((4, 5, 6)) * 0.7, 0, 1)
-    counts = EdgeCounts(thresholds=5)
+    counts = EdgeCounts(0.0075, thresholds=5)
     for start in (0, 3):
         counts.add(*(values[start : start + 3] for values in (probabilities, edges, counted)))
     assert counts.best_f() == pytest.approx(f_by_hand(probabilities, edges, counted, 1, counts.thresholds))
@@ -174,8 +175,8 @@ def test_perfect_shifted_and_absent_edges():
     edges[0, 20] = True
     every = np.ones_like(edges)
 
-    def f(probability, **options):
-        counts = EdgeCounts(**options)
+    def f(probability, max_dist=0.0075):
+        counts = EdgeCounts(max_dist)
         counts.add(probability, edges, every)
         return counts.best_f()
 
@@ -187,7 +188,7 @@ def test_perfect_shifted_and_absent_edges():
     assert f(np.zeros_like(sure)) == 0
     # Edges everywhere: the plateau is thinned to little, not rewarded.
     assert f(np.ones_like(sure)) < 0.2
-    nothing = EdgeCounts()
+    nothing = EdgeCounts(0.0075)
     nothing.add(sure, np.zeros_like(edges), every)
     assert math.isnan(nothing.best_f())
 
@@ -195,6 +196,6 @@ def test_perfect_shifted_and_absent_edges():
 def test_wide_labels_are_thinned_too():
     wide = np.zeros((1, 40, 40), bool)
     wide[0, 19:22] = True
-    counts = EdgeCounts()
+    counts = EdgeCounts(0.0075)
     counts.add(ndimage.gaussian_filter(wide.astype(float), (0, 1, 1)), wide, np.ones_like(wide))
     assert counts.best_f() > 0.95

@@ -3,6 +3,7 @@
 Shapes: `H`, `W` height and width of a photograph.
 """
 
+import json
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from moe_mtl import cli
 from moe_mtl.data import DataError
 from moe_mtl.data.vision_processor import VisionProcessor
+from moe_mtl.kinds import KINDS
 from moe_mtl.models import model_class
 from moe_mtl.tasks import Task, UnknownTaskError
 from moe_mtl.training.image_predict import count_windows, pictures_in, predict_files, predict_picture
@@ -160,6 +162,59 @@ def test_the_command_draws_pictures(folder, photos, capsys):
     assert f"wrote {photos / 'depth.jpg'}" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module", params=["stretch", "pad"])
+def every_kind(request, tmp_path_factory):
+    """A model with a task of every kind, several with more than one output."""
+    outputs = {"multiclass": 3, "multilabel": 3, "regression": 2, "segmentation": 3, "normals": 3}
+    tasks = [Task(f"its_{kind}", kind, outputs.get(kind, 1)) for kind in KINDS]
+    tasks += [Task("one_label", "multilabel"), Task("value", "regression")]
+    processor = VisionProcessor(SIZE, tasks, {"its_multilabel": ["cat", "dog", "tree"]}, fit=request.param)
+    cls = model_class("multi_task_vit")
+    sizes = {"patch_size": 4, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "decoder_dim": 4}
+    torch.manual_seed(0)
+    model = cls(cls.config_class(tasks=processor.tasks, image_size=list(SIZE), decoder_stages=1, **sizes)).eval()
+    path = tmp_path_factory.mktemp("every") / request.param
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path, model, processor
+
+
+def test_tasks_of_every_kind_are_answered(every_kind, photos):
+    path, model, processor = every_kind
+    dense = [task.name for task in processor.parsed_tasks if task.dense]
+    told = [task.name for task in processor.parsed_tasks if not task.dense]
+    pictures = [photos / "a.jpg", photos / "b.png"]
+    expected = [{"picture": str(picture)} for picture in pictures]
+    for line, picture in zip(expected, pictures, strict=True):
+        line |= {key: np.asarray(of).tolist() for key, of in predict_picture(model, processor, picture, told).items()}
+    assert {"its_multilabel/dog", "one_label/0", "its_multiclass", "its_multiclass/2"} < set(expected[0])
+    assert len(expected[0]["its_regression"]) == 2
+    written = predict_files(path, pictures, photos / "all", progress=False)
+    assert [file.name for file in written[:-1]] == [f"{p}-{name}.png" for p in "ab" for name in dense]
+    assert written[-1] == photos / "all" / "answers.jsonl"
+    assert set(written) == set((photos / "all").iterdir())
+    predict_files(path, pictures, photos / "told.jsonl", told, progress=False)
+    for file in (written[-1], photos / "told.jsonl"):
+        found = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        assert [list(line) for line in found] == [list(line) for line in expected]
+        for line, other in zip(found, expected, strict=True):
+            for key, value in line.items():
+                assert value == (other[key] if isinstance(value, str) else pytest.approx(other[key], abs=1e-6)), key
+    for task in processor.parsed_tasks:
+        for name in (f"{task.name}.png", f"{task.name}.npy"):
+            predict_files(path, pictures[:1], photos / name, task.name, progress=False)
+        array = np.load(photos / f"{task.name}.npy")
+        shape = (10, 12) if task.dense else (task.num_outputs,)
+        if task.kind in ("binary", "multiclass") or task.name == "value":
+            shape = ()
+        assert array.shape == ((3, *shape) if task.kind == "normals" else shape), task
+    with pytest.raises(
+        DataError, match=r"output: expected a folder or a picture for maps, of its_edges, found x\.jsonl"
+    ):
+        predict_files(path, pictures, photos / "x.jsonl", ["value", "its_edges"], progress=False)
+    assert not (photos / "x.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("inputs", "output", "task", "message"),
     [
@@ -186,7 +241,7 @@ def test_errors_come_before_anything_is_written(folder, photos, inputs, output, 
 
 def test_the_command_refuses_what_is_for_other_models(folder, photos, capsys):
     for arguments, message in (
-        ([folder, photos / "a.jpg"], "--output: expected a picture, a .npy file or a folder"),
+        ([folder, photos / "a.jpg"], "--output: expected a picture, a .npy or .jsonl file or a folder"),
         ([folder], "the following arguments are required: ROWS"),
         ([folder, photos / "a.jpg", "--output", "x", "--keep", "id"], "--keep is for rows of a table"),
         (["mmoe-digits", photos / "a.jpg", photos / "b.png"], "unexpected argument"),
