@@ -34,6 +34,8 @@ SMALLER = {
     "moe-mtl bench synthetic": "--draws 2 --rows 256 --learning-rates 1e-3",
     "moe-mtl bench tuners": "--width 16 --layers 1 --batch 2 --rounds 1 --slice-seconds 0 --parts step --methods LORI",
     "moe-mtl bench kernels": "--shapes 0 --rounds 1 --slice-seconds 0",
+    "moe-mtl bench vision": "--models tiny-64x64 --batches 1 --tokens 64 --width 16 --hidden 16 --rounds 1 "
+    "--slice-seconds 0 --memory-size tiny",
     "moe-mtl bench ranks": "--shapes 0 --rounds 1 --slice-seconds 0 --kinds lora",
 }
 
