@@ -93,11 +93,14 @@ def copy_backbone(model: Any, backbone: Any) -> None:
             block.scales[1].copy_(layer.layer_scale2.lambda1)
         if isinstance(block.attention, SelfAttention):
             old = layer.attention
-            parts = (old.q_proj, old.k_proj, old.v_proj)
+            if hasattr(old, "q_proj"):
+                parts, out = (old.q_proj, old.k_proj, old.v_proj), old.o_proj
+            else:  # DINOv2 of transformers 5.17
+                parts, out = (old.attention.query, old.attention.key, old.attention.value), old.output.dense
             block.attention.qkv.weight.copy_(torch.cat([part.weight for part in parts]))
             if block.attention.qkv.bias is not None:
                 block.attention.qkv.bias.copy_(torch.cat([part.bias for part in parts]))
-            _copy(block.attention.out, old.o_proj)
+            _copy(block.attention.out, out)
         if isinstance(block.mlp, MLP):
             _copy(block.mlp.up, layer.mlp.fc1)
             _copy(block.mlp.down, layer.mlp.fc2)

@@ -135,8 +135,9 @@ class MultiTaskTrainer(CrashSafeTrainer):
                 raise RecipeError(
                     f"{where} differentiates each loss itself, past the gradient scaler that fp16 needs; use bf16"
                 )
-            checkpointing = dict(args.activation_checkpointing_kwargs or {})  # type: ignore[arg-type]
-            if args.activation_checkpointing and "use_reentrant" in checkpointing and checkpointing["use_reentrant"]:
+            # By the older names, which transformers 5.17 has alone and later ones keep in step.
+            checkpointing = dict(args.gradient_checkpointing_kwargs or {})  # type: ignore[arg-type]
+            if args.gradient_checkpointing and checkpointing.get("use_reentrant"):
                 raise RecipeError(
                     f"{where} cannot differentiate through re-entrant checkpointing; set use_reentrant to false"
                 )

@@ -141,7 +141,7 @@ def test_checkpointing_changes_neither_gradient_nor_state(variant: str) -> None:
     for checkpointing in (False, True):
         model = zoo.variant_of(variant).double().train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         torch.manual_seed(5)
         pixels = zoo.inputs_of(model.config)["pixel_values"].double()
         model(pixels, labels=zoo.labels_of(model.config)).loss.backward()

@@ -107,7 +107,7 @@ def test_checkpointing_changes_no_gradient(gate: str) -> None:
     for checkpointing in (False, True):
         model = build(gate, noise_std=1.0, z_weight=0.1).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         torch.manual_seed(3)
         out = model(pixels(), labels=labels)
         assert out.auxiliary_loss is not None

@@ -101,7 +101,7 @@ def test_the_running_means_move_once_per_step(checkpointing: bool) -> None:
     """Gradient checkpointing runs a layer twice; its statistics are to be told once."""
     model = build(information_weight=0.1).train()
     if checkpointing:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     first = model(pixels(), labels=labels(), tasks=["depth", "scene"], output_routing=True)
     first.loss.backward()
     seen = {name: b.clone() for name, b in model.named_buffers() if ".seen." in name}
@@ -129,7 +129,7 @@ def test_checkpointing_changes_nothing(tasks: list[str | None], forwards: int) -
     for checkpointing in (False, True):
         model = build(noise_std=1.0, z_weight=0.1, balance_weight=0.1, information_weight=0.5).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         torch.manual_seed(3)
         for start in range(0, len(tasks), forwards):
             batches = range(start, start + forwards)

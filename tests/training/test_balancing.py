@@ -245,7 +245,7 @@ def test_what_cannot_work_together_is_refused(make_model, make_table, make_train
     trainer = make_trainer(model, table)
     for change, message in [
         ({"fp16": True}, "gradient scaler"),
-        ({"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}, "re-entrant"),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "re-entrant"),
         ({"torch_compile": True}, "compiled model"),
     ]:
         with monkeypatch.context() as patch:
