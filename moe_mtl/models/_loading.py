@@ -54,8 +54,10 @@ def load_offloaded(
     dtype = options.pop("dtype", None)
     if options:
         raise ValueError(f"offload_experts: expected no other option than dtype, found {', '.join(options)}")
-    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    if dtype not in (None, "auto", torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    if dtype in (None, "auto"):  # the config's, whatever the file holds, as `PreTrainedModel.from_pretrained` does
+        dtype = config.dtype
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype: expected float32, float64, bfloat16 or float16, found {dtype!r}")
     with torch.device("meta"):
         model = type(full)(config)
@@ -75,7 +77,7 @@ def load_offloaded(
         streamed.check()
         model.set_submodule(layer, streamed)
     state = {name: _held(stored_rows(checkpoint, name), full.rows_kept(config, name)) for name in model.state_dict()}
-    if dtype not in (None, "auto"):
+    if dtype is not None:
         state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()

@@ -154,6 +154,9 @@ class TrainSection:
             TRL); saves padding.
         gradient_checkpointing: for text and pictures: compute layers again in the backward instead of keeping what they
             made.
+        save_dtype: for tables and pictures: what the file holds parameters in, half as large as by default; they are
+            rounded before anything is measured, so that the numbers are those of the file. It is loaded in the dtype
+            that it was trained in.
     """
 
     epochs: int | None = None
@@ -183,6 +186,7 @@ class TrainSection:
     truncate: bool = field(default=False, metadata=_LATER)
     packing: bool = field(default=False, metadata=_LATER)
     gradient_checkpointing: bool = field(default=False, metadata=_LATER)
+    save_dtype: Literal["bfloat16", "float16"] | None = field(default=None, metadata=_LATER)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
 from .. import data
@@ -131,6 +131,7 @@ def run(
     trainer.train(resume_from_checkpoint=resume or None)
     trained = time.perf_counter()
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    shipped = rounded(model, recipe.train.save_dtype)
     check_finite(model)
     results = {
         name: evaluate_rows(
@@ -147,7 +148,7 @@ def run(
     record = record_of(recipe, splits, trainer, results, told, (start, prepared, trained), LIBRARIES)
 
     def save(folder: Path) -> None:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=shipped)
         processor.save_pretrained(folder)
 
     save_run(output_dir, recipe, record, save)
@@ -395,6 +396,18 @@ def check_finite(model: nn.Module) -> None:
             f"training left values that are not finite in {', '.join(bad[:3])}: lower the learning rate or set "
             "max_grad_norm"
         )
+
+
+@torch.no_grad()
+def rounded(model: nn.Module, save_dtype: str | None) -> dict[str, Tensor] | None:
+    """Rounds the parameters to what `save_dtype` holds. Returns the state to save, None for the model's own."""
+    if save_dtype is None:
+        return None
+    state = model.state_dict()
+    for name, parameter in model.named_parameters():
+        state[name] = parameter.to(getattr(torch, save_dtype))
+        parameter.copy_(state[name])
+    return state
 
 
 def _errors(

@@ -159,6 +159,7 @@ def _check(recipe: Recipe) -> None:
         "train.task_sampling": train.task_sampling,
         "train.loss_balancing": recipe.loss_method,
         "train.gradient_balancing": recipe.gradient_method,
+        "train.save_dtype": train.save_dtype,
         "eval.bootstrap": recipe.eval.bootstrap,
     }.items():
         if value:

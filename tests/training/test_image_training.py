@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from moe_mtl import AutoModelForMultiTask
 from moe_mtl.data import DataError
 from moe_mtl.data.augmentation import Augmentation
 from moe_mtl.data.images import ImageSplits, TensorImages
@@ -279,6 +281,27 @@ def test_gradient_checkpointing_changes_memory_and_no_number(pictures, tmp_path)
     plain = run(recipe_of(), tmp_path / "plain", progress=False)
     saving = run(recipe_of(train={"gradient_checkpointing": True}), tmp_path / "saving", progress=False)
     assert plain.metrics == saving.metrics
+
+
+@pytest.mark.parametrize("save_dtype", ["float16", "bfloat16"])
+def test_a_file_of_half_the_size_gives_the_numbers_that_were_measured(pictures, tmp_path, save_dtype):
+    plain = run(recipe_of(), tmp_path / "plain", progress=False)
+    half = run(recipe_of(train={"save_dtype": save_dtype}), tmp_path / "half", progress=False)
+    assert evaluate(tmp_path / "half", "test").metrics == half.metrics["test"]
+    assert half.metrics["test"] != plain.metrics["test"]
+    held, file = half.model.state_dict(), load_file(tmp_path / "half" / "model.safetensors")
+    parameters = dict(half.model.named_parameters())
+    assert {name for name, tensor in file.items() if tensor.dtype == getattr(torch, save_dtype)} == parameters.keys()
+    loaded = AutoModelForMultiTask.from_pretrained(tmp_path / "half")
+    streamed = AutoModelForMultiTask.from_pretrained(tmp_path / "half", offload_experts=True)
+    for name, tensor in plain.model.state_dict().items():
+        expected = tensor.to(getattr(torch, save_dtype)).float() if name in parameters else tensor
+        assert held[name].equal(expected)
+        assert loaded.state_dict()[name].equal(expected)
+    pixels = images(2, 0).with_processor(half.processor)[0:2]["pixel_values"]
+    for task, logits in loaded(pixels).logits.items():
+        torch.testing.assert_close(streamed(pixels).logits[task], logits)
+        assert logits.dtype == torch.float32
 
 
 def test_a_saved_model_learns_a_further_task(pictures, tmp_path):
