@@ -131,8 +131,8 @@ def run(
     trainer.train(resume_from_checkpoint=resume or None)
     trained = time.perf_counter()
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    shipped = rounded(model, recipe.train.save_dtype)
     check_finite(model)
+    shipped = rounded(model, recipe.train.save_dtype)
     results = {
         name: evaluate_rows(
             model, tables[name], recipe.train.eval_batch_size, model.config.parsed_tasks, processor.unscale
@@ -400,12 +400,20 @@ def check_finite(model: nn.Module) -> None:
 
 @torch.no_grad()
 def rounded(model: nn.Module, save_dtype: str | None) -> dict[str, Tensor] | None:
-    """Rounds the parameters to what `save_dtype` holds. Returns the state to save, None for the model's own."""
+    """Rounds the parameters to what `save_dtype` holds. Returns the state to save, None for the model's own.
+
+    Raises:
+        RuntimeError: a value is too large for it.
+    """
     if save_dtype is None:
         return None
     state = model.state_dict()
     for name, parameter in model.named_parameters():
         state[name] = parameter.to(getattr(torch, save_dtype))
+        if not bool(state[name].isfinite().all()):
+            raise RuntimeError(
+                f"train.save_dtype: {save_dtype} cannot hold {name}, which has {float(parameter.abs().max()):.3g}"
+            )
         parameter.copy_(state[name])
     return state
 

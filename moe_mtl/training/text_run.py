@@ -159,11 +159,15 @@ def _check(recipe: Recipe) -> None:
         "train.task_sampling": train.task_sampling,
         "train.loss_balancing": recipe.loss_method,
         "train.gradient_balancing": recipe.gradient_method,
-        "train.save_dtype": train.save_dtype,
         "eval.bootstrap": recipe.eval.bootstrap,
     }.items():
         if value:
             raise RecipeError(f"{key}: expected none, as {recipe.data.name} is text, whose batches mix the tasks")
+    if train.save_dtype is not None:
+        raise RecipeError(
+            f"train.save_dtype: expected none, as {recipe.data.name} is text, which is saved as it was trained; see "
+            "model.dtype"
+        )
 
 
 def _trainer(

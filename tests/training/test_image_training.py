@@ -304,6 +304,15 @@ def test_a_file_of_half_the_size_gives_the_numbers_that_were_measured(pictures, 
         assert logits.dtype == torch.float32
 
 
+def test_what_a_file_of_half_the_size_cannot_hold_is_an_error():
+    model = torch.nn.Linear(2, 1)
+    with torch.no_grad():
+        model.weight.fill_(1e5)
+    with pytest.raises(RuntimeError, match="train.save_dtype: float16 cannot hold weight, which has 1e"):
+        run_module.rounded(model, "float16")
+    assert run_module.rounded(model, "bfloat16")["weight"].dtype == torch.bfloat16
+
+
 def test_a_saved_model_learns_a_further_task(pictures, tmp_path):
     first = run(recipe_of({"type": "m3vit", "tasks": ["edges", "kind"]} | MODEL), tmp_path / "first", progress=False)
     assert first.model.tasks == ["edges", "kind"]

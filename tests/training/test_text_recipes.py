@@ -343,6 +343,7 @@ def test_a_loss_that_is_not_finite_stops(base, tmp_path):
         ({"from": "BASE", "tasks": ["srot"]}, {}, "model.tasks: expected some of"),
         ({"from": "BASE"}, {"loss_balancing": "UW"}, "train.loss_balancing: expected none, as word-edits is text"),
         ({"from": "BASE"}, {"task_weights": {"sort": 2.0}}, "train.task_weights: expected none"),
+        ({"from": "BASE"}, {"save_dtype": "float16"}, "train.save_dtype: expected none, as word-edits is text"),
         ({"from": "BASE"}, {"max_length": 5}, "row .: expected at most 5 tokens"),
         ({"from": "BASE", "freeze": ["*nothing*"]}, {}, "no parameter is called"),
     ],
