@@ -308,7 +308,7 @@ def test_what_a_file_of_half_the_size_cannot_hold_is_an_error():
     model = torch.nn.Linear(2, 1)
     with torch.no_grad():
         model.weight.fill_(1e5)
-    with pytest.raises(RuntimeError, match="train.save_dtype: float16 cannot hold weight, which has 1e"):
+    with pytest.raises(RuntimeError, match=r"train\.save_dtype: float16 cannot hold weight, which has 1e"):
         run_module.rounded(model, "float16")
     assert run_module.rounded(model, "bfloat16")["weight"].dtype == torch.bfloat16
 
