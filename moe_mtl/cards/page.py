@@ -395,7 +395,7 @@ def _provenance(record: Mapping[str, Any]) -> str:
 - Seeds: {seeds}; the shipped one is the best on validation.
 - Made in {record["wall_s"]:,.0f} s on {record["hardware"]} with {packages}.
 - Again: `moe-mtl cards reproduce {record["name"]}`. A seed agrees within {SAME_DIGITS:g} with these packages on such a
-  processor, elsewhere within {allowed}.
+  processor; elsewhere, where sums round otherwise, what differs by more is called off: {allowed}.
 
 ```
 {record["command"]}
