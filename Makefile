@@ -17,9 +17,10 @@ demo: $(INSTALLED)
 	@$(BIN)/moe-mtl demo --output runs/demo
 
 # Two processes with one thread each are faster on small models than one process with two. The kernels run on the
-# oldest Triton too, whose interpreter wants an older numpy.
+# oldest Triton too, whose interpreter wants an older numpy. Files keep their order: the few that hold one test of a
+# minute would come last otherwise, when the other process has nothing left.
 test: $(INSTALLED) $(VENV)/triton-3.6 lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/python -m pytest -n 2 --dist loadfile tests/ops -k "triton or kernels or compiled"
 
 $(VENV)/triton-3.6: $(INSTALLED)
