@@ -223,25 +223,28 @@ def memory(options: Options) -> dict[str, Any]:
     Returns:
         `saved`: the held peak less the offloaded one; `below_model`: the model's size less the offloaded peak, negative
         where that is above; `beyond_weights`: each peak less the weights that are in memory, all of them or, offloaded,
-        two experts and all that is no expert. None where peaks cannot be measured.
+        two experts, the head of one task, and what is neither. None where peaks cannot be measured.
     """
     config = M3ViTConfig.of_size(options.memory_size, image_size=[64, 64], tasks=TASKS)
     torch.manual_seed(options.seed)
     model = M3ViTForMultiTask(config).eval()
     sizes = {name: p.numel() * p.itemsize for name, p in model.named_parameters()}
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    heads = sum(size for name, size in sizes.items() if name.startswith("heads."))
+    one_head = sum(size for name, size in sizes.items() if name.startswith(f"heads.{TASK}."))
     two = 2 * experts // (len(config.expert_blocks) * config.num_experts)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         peaks = {way: _in_a_process(folder, way == "offloaded", options.threads) for way in ("held", "offloaded")}
     held, offloaded = peaks.values()
     total = sum(sizes.values())
-    resident = {"held": total, "offloaded": total - experts + two}
+    resident = {"held": total, "offloaded": total - experts + two - heads + one_head}
     return {
         "model": options.memory_size,
         "model_bytes": total,
         "expert_bytes": experts,
         "two_experts_bytes": two,
+        "heads_bytes": heads,
         "peaks": peaks,
         "saved": None if held is None or offloaded is None else held - offloaded,
         "asked": experts - two,
@@ -302,7 +305,7 @@ def table(result: Mapping[str, Any]) -> str:
         lines.append(f"asked: at most {ASKED['experts']:.2f}")
     if "memory" in result:
         found = result["memory"]
-        told = {name: found[name] for name in ("model_bytes", "expert_bytes", "two_experts_bytes")}
+        told = {name: found[name] for name in ("model_bytes", "expert_bytes", "two_experts_bytes", "heads_bytes")}
         told |= {f"peak, {way}": peak for way, peak in found["peaks"].items()}
         told |= {"saved": found["saved"], "asked: at least": found["asked"]}
         told |= {"below the model's size": found["below_model"]}

@@ -1,4 +1,5 @@
-"""Sparse experts whose weights stay on disk: computed one after the other, the next being read meanwhile.
+"""Weights that stay on disk: sparse experts, computed one after the other, the next being read meanwhile; and heads of
+tasks, each of which is read when it is called.
 
 M³ViT's computation reordering (Fan et al., NeurIPS 2022, section 3.3; Sarkar et al., "Edge-MoE", ICCAD 2023, section 4)
 on ordinary machines: all tokens are routed first; then each expert that has a queue of tokens computes all of it at
@@ -10,12 +11,13 @@ hidden layer or of a head.
 """
 
 import contextlib
+import copy
 import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -52,6 +54,15 @@ class StoredRows:
     @property
     def row_bytes(self) -> int:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    def held(self, rows: Sequence[int] | None = None) -> Tensor:
+        """The tensor, or rows of it, in memory of its own; errors as of `read`."""
+        if rows is None:
+            return replace(self, shape=(1, *self.shape)).held([0]).squeeze(0)
+        tensor = torch.empty(len(rows), *self.shape[1:], dtype=self.dtype, device="cpu")
+        for i, row in enumerate(rows):
+            self.read(row, tensor[i].reshape(-1).view(torch.uint8))
+        return tensor
 
     def read(self, row: int, into: Tensor) -> None:
         """Fills `into`, bytes on the CPU, with a row.
@@ -261,7 +272,8 @@ class Streamed(nn.Module):
 class StreamedExperts(Streamed):
     """What `SparseExperts` computes, `FFN_e(x) = W2_e gelu(W1_e x + b1_e) + b2_e`, from weights that are not held.
 
-    Equal bit for bit to `SparseExperts` with backend `torch` on a CPU; arguments and errors as of `Streamed`.
+    Equal to `SparseExperts` with backend `torch` within rounding: the last bit of a product may depend on where in
+    memory its operands begin. Arguments and errors as of `Streamed`.
     """
 
     passes = (("w_up", "b_up", "w_down", "b_down"),)
@@ -283,7 +295,7 @@ class StreamedHeads(Streamed):
     """What `HeadExperts` computes, from weights that are not held: the queries of all heads, one head after the other,
     then attention, then their outputs.
 
-    Equal bit for bit to `HeadExperts` with backend `torch` on a CPU; arguments and errors as of `Streamed`.
+    Equal to `HeadExperts` with backend `torch` within rounding; arguments and errors as of `Streamed`.
     """
 
     passes = (("w_query",), ("w_out",))
@@ -305,6 +317,34 @@ class StreamedHeads(Streamed):
         weighted_NKH = (mixed_NKH * weights_NK.unsqueeze(-1)).to(mixed_NKH.dtype)
         self._pass(self.passes[1], indices_NK, x_ND.dtype, outputs)
         return out_NKD.sum(1)
+
+
+class StoredHead(nn.Module):
+    """The head of a task, for evaluation alone: read when it is called and let go of when it has answered.
+
+    Args:
+        head: what it computes, on the meta device.
+        stored: its parameters and buffers in the file, by name.
+
+    Raises:
+        CheckpointError: the file changed or is gone.
+    """
+
+    def __init__(self, head: nn.Module, stored: Mapping[str, StoredRows]):
+        super().__init__()
+        self._bare = [head.eval().requires_grad_(False)]  # in a list: no submodule, which would be moved to devices
+        self.stored = dict(stored)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As of the head."""
+        head = copy.deepcopy(self._bare[0])  # of its own, as other threads may call it too
+        tensors = {name: stored.held().to(x.device) for name, stored in self.stored.items()}
+        state = {name: tensor.to(x.dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        head.load_state_dict(state, assign=True)
+        return head(x)
+
+    def extra_repr(self) -> str:
+        return f"file={next(iter(self.stored.values())).path.name}"
 
 
 def places(stored: Mapping[str, StoredRows], names: Sequence[str]) -> dict[str, tuple[int, int]]:

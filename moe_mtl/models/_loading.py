@@ -1,8 +1,7 @@
-"""Loading a model without holding its sparse experts."""
+"""Loading a model without holding its sparse experts, nor heads of tasks that are not asked for."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +12,15 @@ from ..files import CheckpointError
 from ..hub import Checkpoint
 from ..layers.attention_experts import HeadExperts
 from ..layers.moe import SparseExperts
-from ..layers.streaming import ExpertStream, StoredRows, Streamed, StreamedExperts, StreamedHeads, file_state
+from ..layers.streaming import (
+    ExpertStream,
+    StoredHead,
+    StoredRows,
+    Streamed,
+    StreamedExperts,
+    StreamedHeads,
+    file_state,
+)
 
 if TYPE_CHECKING:
     from ._base import MultiTaskConfig, MultiTaskModel
@@ -40,6 +47,8 @@ def load_offloaded(
     full: "MultiTaskModel", config: "MultiTaskConfig", checkpoint: Checkpoint, options: dict[str, Any]
 ) -> "MultiTaskModel":
     """The model of `config`, in evaluation mode, whose sparse experts are read from the checkpoint as they are needed.
+
+    So are its heads, where it has several.
 
     Args:
         full: the model of the whole checkpoint, on the meta device.
@@ -76,6 +85,13 @@ def load_offloaded(
         streamed = kind(stored[layer], range(len(parameter)) if rows is None else rows, stream)
         streamed.check()
         model.set_submodule(layer, streamed)
+    if len(config.task_names) > 1:  # else the only head is always needed
+        for head in (f"heads.{task}" for task in config.task_names):
+            bare = model.get_submodule(head)
+            places = {name: stored_rows(checkpoint, f"{head}.{name}") for name in bare.state_dict()}
+            for place in places.values():
+                _held(place)
+            model.set_submodule(head, StoredHead(bare, places))
     state = {name: _held(stored_rows(checkpoint, name), full.rows_kept(config, name)) for name in model.state_dict()}
     if dtype is not None:
         state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
@@ -99,14 +115,9 @@ def stored_rows(checkpoint: Checkpoint, name: str) -> StoredRows:
     return StoredRows(name, path, offset, shape, dtype, file_state(stat))
 
 
-def _held(stored: StoredRows, rows: Sequence[int] | None) -> Tensor:
+def _held(stored: StoredRows, rows: Sequence[int] | None = None) -> Tensor:
     """A tensor, or rows of it, in memory of its own: what safetensors returns is mapped from the file."""
-    if rows is None:
-        whole = replace(stored, shape=(1, *stored.shape))
-        return _held(whole, [0]).squeeze(0)
-    tensor = torch.empty(len(rows), *stored.shape[1:], dtype=stored.dtype, device="cpu")
-    for i, row in enumerate(rows):
-        stored.read(row, tensor[i].reshape(-1).view(torch.uint8))
+    tensor = stored.held(rows)
     if tensor.is_floating_point() and not tensor.isfinite().all():
         raise CheckpointError(
             f"expected finite weights, found NaN or infinite values in {stored.name} of {stored.path}"

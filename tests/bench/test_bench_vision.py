@@ -48,7 +48,11 @@ def test_memory_is_compared_with_what_the_experts_hold(monkeypatch: pytest.Monke
     assert found["asked"] == found["expert_bytes"] - found["two_experts_bytes"] < found["model_bytes"]
     assert found["saved"] == 50 * 2**20
     assert found["below_model"] == found["model_bytes"] - 40 * 2**20
+    body = 2 * 192 + (192 + 3 * 256) * 256 * 9 + 4 * 3 * 256  # of a head: norm, convolutions, their norms and biases
+    heads = {task["name"]: 4 * (body + 257 * task.get("num_outputs", 1)) for task in vision.TASKS}
+    assert found["heads_bytes"] == sum(heads.values())
     rest = found["model_bytes"] - found["expert_bytes"] + found["two_experts_bytes"]
+    rest -= sum(heads.values()) - heads[vision.TASK]
     assert found["beyond_weights"] == {"held": 90 * 2**20 - found["model_bytes"], "offloaded": 40 * 2**20 - rest}
     told = vision.table({"torch": "", "options": {"threads": 1}, "memory": found})
     lines = {line[:30].strip(): line[30:].strip() for line in told.splitlines()}

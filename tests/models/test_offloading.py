@@ -1,4 +1,8 @@
-"""Experts that stay on disk: the same numbers, two experts in memory at most, and clear errors."""
+"""Weights that stay on disk: the same numbers, two experts and one head in memory at most, and clear errors.
+
+What is computed from copies of the weights is compared within rounding: on processors without AVX-512 a product's last
+bit depends on where in memory its operands begin.
+"""
 
 import copy
 import itertools
@@ -10,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 from moe_mtl.files import CheckpointError
 from moe_mtl.layers import streaming
@@ -101,10 +106,8 @@ def test_offloaded_experts_give_the_same_numbers(
             found = offloaded(images()).logits
     found_again = offloaded(images()).logits  # a gradient could be recorded here, were anything trainable
     expected = model(images(), tasks=tasks).logits
-    for task in expected:
-        assert found[task].equal(expected[task])
-        assert found_again[task].equal(expected[task])
-    assert found.keys() == expected.keys()
+    assert_close(dict(found), dict(expected))
+    assert_close(dict(found_again), dict(expected))
     assert offloaded.config.name_or_path == str(tmp_path)
     assert not offloaded.training
     assert not any(parameter.requires_grad for parameter in offloaded.parameters())
@@ -115,8 +118,7 @@ def test_of_pruned_experts_too(tmp_path: Path, kind: str) -> None:
     assert any(len(kept) < report.stored[layer] for layer, kept in report.kept.items())
     pruned.save_pretrained(tmp_path)
     offloaded = AutoModelForMultiTask.from_pretrained(tmp_path, offload_experts=True)
-    expected = plain(pruned)(images()).logits
-    assert all(logits.equal(expected[task]) for task, logits in offloaded(images()).logits.items())
+    assert_close(dict(offloaded(images()).logits), dict(plain(pruned)(images()).logits))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -124,9 +126,8 @@ def test_in_another_dtype(folder: Path, dtype: torch.dtype) -> None:
     model = plain(AutoModelForMultiTask.from_pretrained(folder, dtype=dtype))
     offloaded = AutoModelForMultiTask.from_pretrained(folder, offload_experts=True, dtype=dtype)
     found, expected = offloaded(images().to(dtype)).logits, model(images().to(dtype)).logits
-    for task, logits in expected.items():
-        assert found[task].dtype == dtype
-        assert found[task].equal(logits)
+    assert {logits.dtype for logits in found.values()} == {dtype}
+    assert_close(dict(found), dict(expected))
 
 
 def test_two_experts_are_held_at_most(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,9 +185,34 @@ def test_only_experts_with_tokens_are_read(folder: Path, kind: str, monkeypatch:
             if ".gates." in name:
                 parameter.zero_()  # equal probabilities: the first experts
     offloaded(images())
+    read = [(name, row) for name, row in read if ".experts." in name]
     mlp = [(f"blocks.{b}.mlp.experts.{n}", e) for b in (1, 3) for e in range(2) for n in StreamedExperts.passes[0]]
     heads = [(f"blocks.{b}.attention.experts.{n}", e) for b in (0, 2) for e in range(3) for n in ("w_query", "w_out")]
     assert sorted(read) == sorted(mlp + (heads if kind == "mod_squad" else []))
+
+
+@pytest.mark.parametrize("asked", [["parts"], ["scene"], ["scene", "parts"]])
+def test_only_heads_of_asked_tasks_are_read(folder: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    offloaded = AutoModelForMultiTask.from_pretrained(folder, offload_experts=True)
+    assert not [name for name in offloaded.state_dict() if name.startswith("heads.")]
+    read: list[str] = []
+    original = StoredRows.held
+
+    def spy(self: StoredRows, rows: Any = None) -> Tensor:
+        read.append(self.name)
+        return original(self, rows)
+
+    monkeypatch.setattr(StoredRows, "held", spy)
+    offloaded(images(), tasks=asked)
+    heads = [name for name in build().state_dict() if name.startswith("heads.")]
+    assert set(read) == {name for name in heads if name.split(".")[1] in asked}
+    assert not list(offloaded.heads.parameters())  # and let go of
+    assert not list(offloaded.heads.buffers())
+
+
+def test_the_only_head_is_held(folder: Path) -> None:
+    alone = AutoModelForMultiTask.from_pretrained(folder, offload_experts=True, tasks="parts")
+    assert {name.split(".")[1] for name in alone.state_dict() if name.startswith("heads.")} == {"parts"}
 
 
 def test_a_file_that_changes_or_goes_is_noticed(folder: Path, kind: str) -> None:
@@ -211,7 +237,7 @@ def test_a_file_that_changes_or_goes_is_noticed(folder: Path, kind: str) -> None
 
 def test_values_are_checked(tmp_path: Path) -> None:
     experts = [f"blocks.2.attention.experts.{name}" for name in ("w_query", "w_out")]
-    for name in ("blocks.1.mlp.experts.w_down", "blocks.0.mlp.up.weight", *experts):
+    for name in ("blocks.1.mlp.experts.w_down", "blocks.0.mlp.up.weight", "heads.parts.out.bias", *experts):
         model = build("mod_squad")
         with torch.no_grad():
             model.get_parameter(name).view(-1)[-1] = torch.nan
