@@ -14,16 +14,14 @@ from ..hub import ADAPTER, read_config, zoo, zoo_folder
 from . import curves as curve_pictures
 from . import routing as routing_pictures
 from .curves import CURVES, means
-from .record import LOWER_IS_BETTER, SAME_DIGITS, family, load_record, measure, this_row, tolerance
+from .front_matter import front_matter
+from .record import DIGITS, LOWER_IS_BETTER, SAME_DIGITS, family, load_record, measure, this_row, tolerance
 from .routing import ROUTING
 
 PAGE = "README.md"
 RESULTS = ("<!-- results:begin -->", "<!-- results:end -->")
 PROMPT = "<!-- write:"  # where the template wants prose
 ZOO = ("<!-- zoo:begin -->", "<!-- zoo:end -->")
-WEIGHTS_LICENCE = "apache-2.0"
-HUB_METRICS = {"auc": "roc_auc"}  # names of the Hub where they differ from ours
-DIGITS = 4
 MANY = 4  # tasks whose metrics the table of the zoo tells one by one
 # Of a recipe: what says which model or tasks, or changes no number.
 NO_SETTINGS = ("type", "from", "tasks", "add_tasks", "drop_tasks", "seed", "report_to", "logging_steps", "save_steps")
@@ -96,57 +94,6 @@ def replace_block(page: str, markers: tuple[str, str], content: str) -> str:
     if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
         raise ValueError(f"expected one block from {begin} to {end}, found {page.count(begin)} and {page.count(end)}")
     return page[: page.index(begin)] + f"{begin}\n{content}\n{end}" + page[page.index(end) + len(end) :]
-
-
-def front_matter(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """The metadata that the Hub reads, YAML: the shipped weights' own test results, not the mean over the seeds."""
-    from huggingface_hub import EvalResult, ModelCardData
-
-    kinds = {task["name"]: task["kind"] for task in config.get("tasks", [])}
-    text = family(record) in ("language model", "adapter")
-    hub_task = _hub_task_of_images if family(record) == "vision model" else _hub_task
-    tags = ["mixture-of-experts", "multi-task-learning", record["model_type"]]
-    if text:
-        tags = ["lora", "peft", *tags] if family(record) == "adapter" else tags[1:]
-    shipped = record["seeds"].index(record["shipped_seed"])
-    data = record["data"]["name"]
-    evaluations = [
-        EvalResult(
-            task_type=TEXT if text else hub_task(kinds[task]),
-            dataset_type=data,
-            dataset_name=data,
-            dataset_split="test",
-            metric_type=HUB_METRICS.get(metric, metric),
-            metric_name=f"{task} {metric}",
-            metric_value=_round(entry["values"][shipped]),
-        )
-        for task, metrics in this_row(record)["metrics"].items()
-        for metric, entry in metrics.items()
-    ]
-    card = ModelCardData(
-        model_name=record["name"],
-        license=WEIGHTS_LICENCE,
-        library_name="moe_mtl",
-        pipeline_tag=TEXT if text else hub_task(next(iter(kinds.values()))),
-        tags=tags,
-        eval_results=evaluations,
-    )
-    return card.to_yaml(line_break="\n") + "\n"
-
-
-TEXT = "text-generation"
-
-
-def _hub_task(kind: str) -> str:
-    return "tabular-regression" if kind == "regression" else "tabular-classification"
-
-
-def _hub_task_of_images(kind: str) -> str:
-    of_maps = {"segmentation": "image-segmentation", "saliency": "image-segmentation", "depth": "depth-estimation"}
-    return of_maps.get(kind, "image-to-image" if kind in ("edges", "normals") else "image-classification")
-
-
-# --- tables ---
 
 
 def results(record: Mapping[str, Any]) -> str:
@@ -445,10 +392,6 @@ def build_index() -> list[Path]:
 
 def _named(metric: str) -> str:
     return f"{metric} ↓" if metric in LOWER_IS_BETTER else metric
-
-
-def _round(value: float) -> float:
-    return round(value, DIGITS)
 
 
 def _number(value: float) -> str:

@@ -11,6 +11,7 @@ from ..training.saved import RECORD
 
 BUDGETS = ("ci", "nightly")
 LOWER_IS_BETTER = {"log_loss", "rmse", "mae", "abs_error", "mean_angle"}
+DIGITS = 4  # after the point, wherever a measured number is told
 SAME_DIGITS = 1e-4  # what a repetition may be off by where packages and processor are the record's
 
 NUMBER = (int, float)

@@ -1,6 +1,5 @@
 """A recipe from beginning to end: load, fit, train, measure, save. Nothing that is not whole appears."""
 
-import importlib.util
 import json
 import platform
 import time
@@ -21,17 +20,17 @@ from ..data.splits import DataSplits
 from ..data.tensors import TensorTable
 from ..data.text import TextSplits
 from ..data.vision_processor import VisionProcessor
-from ..files import require_replaceable, staged_folder, write_atomically
+from ..files import staged_folder, write_atomically
 from ..hub import resolve, write_manifest
 from ..models import AutoModelForMultiTask, MultiTaskModel
-from .balancing import build_method
 from .building import Processor, build
 from .callbacks import ExpertHealth, Progress
-from .checkpoints import checkpoints_in, keep_last_checkpoints, remove_stale_staging
+from .checkpoints import keep_last_checkpoints, remove_stale_staging
 from .crash_safe import CrashSafeTrainer
 from .evaluation import Evaluation
 from .evaluation import evaluate as evaluate_rows
 from .metrics import Metrics, standard_errors
+from .preconditions import check_folder, check_labels, check_methods, check_metrics, check_reporter, check_section
 from .recipe import Recipe, RecipeError, TrainSection, load_recipe, recipe_sha256
 from .saved import METRICS, RECIPE, plain
 from .trainer import MultiTaskTrainer, Table
@@ -98,15 +97,15 @@ def run(
     if seed is not None:
         recipe.train.seed = seed
     recipe.validate()
-    _check_methods(recipe)
-    _check_reporter(recipe.train.report_to)
+    check_methods(recipe)
+    check_reporter(recipe.train.report_to)
     output_dir = Path(output_dir)
-    _check_folder(output_dir, recipe, resume)
+    check_folder(output_dir, recipe, resume)
     if data.is_text(recipe.data.name):
         from .text_run import run_text
 
         return run_text(recipe, output_dir, progress, resume, tell)
-    _check_section(recipe)
+    check_section(recipe)
     start = time.perf_counter()
     splits = load_data(recipe)
     assert not isinstance(splits, TextSplits)
@@ -115,14 +114,14 @@ def run(
             tell(note)
     set_seed(recipe.train.seed)
     model, processor = build(recipe, splits)
-    _check_metrics(recipe, model, processor)
+    check_metrics(recipe, model, processor)
     processor.to_json()  # raises for vocabularies too large to be saved
     tables = {
         name: encoded(part, processor)
         for name, part in splits.parts().items()
         if name in {"train", "validation", *recipe.eval.splits}
     }
-    _check_labels(tables["train"], model)
+    check_labels(tables["train"], model)
     output_dir.mkdir(parents=True, exist_ok=True)
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -310,78 +309,6 @@ def _reporter(name: str, output_dir: Path) -> Any:
 
         return integrations.TensorBoardCallback(SummaryWriter(str(output_dir / "runs")))
     return {"trackio": integrations.TrackioCallback, "wandb": integrations.WandbCallback}[name]()
-
-
-def _check_methods(recipe: Recipe) -> None:
-    """Unknown methods and missing solvers, before any data is read."""
-    for kind, method in (("loss_balancing", recipe.loss_method), ("gradient_balancing", recipe.gradient_method)):
-        if method is not None:
-            build_method(kind, *method, num_tasks=2)
-
-
-def _check_section(recipe: Recipe) -> None:
-    """What is for text, or for tables alone."""
-    model, train, images = recipe.model, recipe.train, data.is_images(recipe.data.name)
-    for key, value in {
-        "model.adapter": model.adapter,
-        "model.sparsity": model.sparsity,
-        "model.dtype": model.dtype,
-        "model.quantization": model.quantization,
-        "train.max_length": train.max_length,
-        "train.gradient_checkpointing": train.gradient_checkpointing and not images,
-    }.items():
-        if value:
-            kind = "pictures" if images else "a table"
-            raise RecipeError(f"{key}: expected none, as {recipe.data.name} is {kind}, found {value!r}")
-
-
-def _check_reporter(name: str) -> None:
-    if name != "none" and importlib.util.find_spec(name) is None:
-        raise RecipeError(f"train.report_to: {name} is not installed: pip install {name}")
-
-
-def _check_metrics(recipe: Recipe, model: MultiTaskModel, processor: Processor) -> None:
-    group = processor.group_column if isinstance(processor, TabularProcessor) else None
-    for task in model.config.parsed_tasks:
-        if task.dense and recipe.eval.bootstrap:
-            raise RecipeError(
-                f"eval.bootstrap: expected 0, as the maps of task {task.name!r} are not kept, found "
-                f"{recipe.eval.bootstrap}"
-            )
-        if "group_auc" in task.reported_metrics and group is None:
-            raise RecipeError(
-                f"task {task.name!r} reports group_auc: expected the column of the groups as data.group_column, "
-                "found none"
-            )
-
-
-def _check_folder(output_dir: Path, recipe: Recipe, resume: bool) -> None:
-    remove_stale_staging(output_dir)
-    require_replaceable(output_dir)
-    if not resume:
-        if checkpoints_in(output_dir):
-            raise FileExistsError(
-                f"{output_dir} holds the checkpoints of an unfinished run: resume it, or choose another folder"
-            )
-        return
-    saved = [path / RECIPE for path in checkpoints_in(output_dir) if (path / RECIPE).is_file()]
-    if not saved:
-        raise RecipeError(f"{output_dir} holds no unfinished run to resume")
-    earlier = load_recipe(saved[-1])
-    if recipe_sha256(earlier) != recipe_sha256(recipe) or earlier.train.seed != recipe.train.seed:
-        raise RecipeError(
-            f"{output_dir} holds an unfinished run of another recipe or seed: it cannot be resumed with this one"
-        )
-
-
-def _check_labels(table: Table, model: MultiTaskModel) -> None:
-    for task in model.config.parsed_tasks:
-        if isinstance(table, ImageTable):
-            present = table.present(task.name)
-        else:
-            present = task.labelled(table.tensors["labels"][task.name])
-        if not bool(present.any()):
-            raise RecipeError(f"no training row has a label of task {task.name!r}")
 
 
 def check_finite(model: nn.Module) -> None:

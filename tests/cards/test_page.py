@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from moe_mtl.cards import build_card, build_index, page
+from moe_mtl.cards.front_matter import front_matter
 from moe_mtl.cards.record import load_record, record_problems
 from moe_mtl.tasks import Task
 
@@ -120,4 +121,4 @@ def test_regression_cards_say_so(card):
     config = {"tasks": [Task("price", "regression").to_dict()]}
     record = load_record(card)
     record["rows"][0]["metrics"] = {"price": {"rmse": record["rows"][0]["metrics"]["parity"]["auc"]}}
-    assert yaml.safe_load(page.front_matter(record, config))["pipeline_tag"] == "tabular-regression"
+    assert yaml.safe_load(front_matter(record, config))["pipeline_tag"] == "tabular-regression"
