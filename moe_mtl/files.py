@@ -38,6 +38,11 @@ TRAINING_FILES = ("checkpoint-*", "logs", "runs", "README.md", "curves.svg", "re
 MAX_JSON_BYTES = 32 * 2**20
 
 
+def file_state(stat: os.stat_result) -> tuple[int, ...]:
+    """What differs once a file was written to, or another one has its name."""
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 class ModelNotFoundError(FileNotFoundError):
     """A name that is no folder, no zoo model and no Hub id; or a folder without the file asked for."""
 

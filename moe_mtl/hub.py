@@ -2,7 +2,7 @@
 
 A model folder is data from outside. Nothing here runs code from it, follows a path out of it, or allocates what its
 headers claim before the claim is compared with the file and with what the model expects. Torch is imported by
-`Checkpoint.read` alone.
+`Checkpoint.read` and `Checkpoint.stored` alone.
 """
 
 import difflib
@@ -19,10 +19,20 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from .files import CheckpointError, ModelNotFoundError, UnsafeFileError, read_json, safe_file, write_atomically
+from .files import (
+    CheckpointError,
+    ModelNotFoundError,
+    UnsafeFileError,
+    file_state,
+    read_json,
+    safe_file,
+    write_atomically,
+)
 
 if TYPE_CHECKING:
     import torch
+
+    from .stored import StoredTensor
 
 WEIGHTS, INDEX, CONFIG, MANIFEST = "model.safetensors", "model.safetensors.index.json", "config.json", "manifest.json"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -30,7 +40,9 @@ OF_TOKENIZERS = ("chat_template.jinja", "tokenizer.model", "merges.txt", "vocab.
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.md", *OF_TOKENIZERS]  # never code, never pickles
 WEIGHT_FILES = (WEIGHTS, "model-*.safetensors", INDEX)
 MAX_HEADER_BYTES = 16 * 2**20  # some 150,000 tensors; the format itself allows 100 MB
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+# Of weights: as safetensors and as torch call them.
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
+DTYPES |= {"I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 # The last two name kernels, which transformers may fetch from the Hub: an argument of from_pretrained can ask for that.
 CODE_KEYS = (
@@ -304,7 +316,8 @@ class Checkpoint:
         self.dtypes: dict[str, str] = {}
         self.bytes_read = 0
         self._files: dict[str, Path] = {}
-        self._open: dict[Path, Any] = {}
+        self._offsets: dict[str, int] = {}
+        self._states: dict[Path, tuple[int, ...]] = {}
         weight_map = self._weight_map()
         for name in sorted(set(weight_map.values())) if weight_map is not None else [weights]:
             self._read_header(name)
@@ -327,43 +340,35 @@ class Checkpoint:
         Raises:
             KeyError: no such tensor.
             IndexError: a row out of range.
-            CheckpointError: a value is NaN or infinite.
+            CheckpointError: a value is NaN or infinite; or the file changed since its header was read.
         """
         if name not in self.shapes:
             raise KeyError(
                 f"no tensor {name!r} in {self.folder}; nearest: {difflib.get_close_matches(name, self.shapes)}"
             )
         shape = self.shapes[name]
-        path = self._files[name]
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt")
-        stored = self._open[path].get_slice(name)
-        if tuple(stored.get_shape()) != shape or stored.get_dtype() != self.dtypes[name]:
-            raise CheckpointError(f"{path.name} changed while it was being read: {name} is no longer {list(shape)}")
-        if index is None:
-            tensor = self._open[path].get_tensor(name)
-        else:
-            rows = [int(row) for row in index]
-            if not shape or any(row < 0 or row >= shape[0] for row in rows):
-                raise IndexError(
-                    f"expected rows of {name} with shape {list(shape)}, found {_first([str(r) for r in rows])}"
-                )
-            tensor = stored[rows]
-        self.bytes_read += tensor.numel() * DTYPE_BYTES[self.dtypes[name]]
+        rows = None if index is None else [int(row) for row in index]
+        if rows is not None and (not shape or any(row < 0 or row >= shape[0] for row in rows)):
+            raise IndexError(
+                f"expected rows of {name} with shape {list(shape)}, found {_first([str(r) for r in rows])}"
+            )
+        tensor = self.stored(name).read(rows)
+        self.bytes_read += tensor.nbytes
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            bad = int((~tensor.isfinite()).sum())
+            bad, file = int((~tensor.isfinite()).sum()), self._files[name].name
             raise CheckpointError(
-                f"expected finite weights, found {bad} NaN or infinite values in {name} of {path.name} in {self.folder}"
+                f"expected finite weights, found {bad} NaN or infinite values in {name} of {file} in {self.folder}"
             )
         return tensor
 
-    def place(self, name: str) -> tuple[Path, int, os.stat_result]:
-        """The file that holds a tensor, where in it the tensor starts, in bytes, and the state of that file."""
-        path = self._files[name]
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            described = json.loads(file.read(length))[name]  # safetensors has compared it with the file
-            return path, 8 + length + described["data_offsets"][0], os.fstat(file.fileno())
+    def stored(self, name: str) -> "StoredTensor":
+        """Where the tensor `name` is, for what reads it later."""
+        import torch
+
+        from .stored import StoredTensor
+
+        path, dtype = self._files[name], getattr(torch, DTYPES[self.dtypes[name]])
+        return StoredTensor(name, path, self._offsets[name], self.shapes[name], dtype, self._states[path])
 
     def _weight_map(self) -> dict[str, str] | None:
         """Tensor name -> shard as the index says, each shard's name checked; None for a single file."""
@@ -398,9 +403,10 @@ class Checkpoint:
 
     def _read_header(self, file_name: str) -> None:
         path = safe_file(self.folder, file_name)
-        size = path.stat().st_size
         with open(path, "rb") as file:
-            header = int.from_bytes(file.read(8), "little")
+            stat = os.fstat(file.fileno())
+            size, header = stat.st_size, int.from_bytes(file.read(8), "little")
+            content = file.read(min(header, MAX_HEADER_BYTES))
         if size < 8 or header > min(size - 8, MAX_HEADER_BYTES):
             raise CheckpointError(
                 f"{file_name} of {self.folder} is truncated or no safetensors file: "
@@ -411,7 +417,9 @@ class Checkpoint:
             with safe_open(path, framework="numpy") as opened:
                 found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - no iterator there
                 described = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in found.items()}
-        except (SafetensorError, OSError, ValueError) as error:
+            parsed = json.loads(content)
+            places = {name: 8 + header + parsed[name]["data_offsets"][0] for name in described}
+        except (SafetensorError, OSError, ValueError, LookupError) as error:
             raise CheckpointError(
                 f"{file_name} of {self.folder} is truncated or no safetensors file: {error}"
             ) from None
@@ -420,12 +428,14 @@ class Checkpoint:
                 raise CheckpointError(
                     f"the tensor {name} is in two files of {self.folder}: {self._files[name].name} and {file_name}"
                 )
-            if dtype not in DTYPE_BYTES:
+            if dtype not in DTYPES:
                 raise CheckpointError(
-                    f"expected one of the dtypes {', '.join(DTYPE_BYTES)} for {name} in {file_name} of {self.folder}, "
+                    f"expected one of the dtypes {', '.join(DTYPES)} for {name} in {file_name} of {self.folder}, "
                     f"found {dtype}"
                 )
-            self.shapes[name], self.dtypes[name], self._files[name] = shape, dtype, path
+            self.shapes[name], self.dtypes[name] = shape, dtype
+            self._files[name], self._offsets[name] = path, places[name]
+        self._states[path] = file_state(stat)
 
     def _compare_with_index(self, weight_map: dict[str, str]) -> None:
         for name, shard in weight_map.items():

@@ -12,13 +12,11 @@ hidden layer or of a head.
 
 import contextlib
 import copy
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -26,68 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..files import CheckpointError
+from ..stored import StoredTensor
 from .attention_experts import attend
 
 ALIGNMENT = 64  # bytes, so that each tensor of an expert starts where vector instructions like it
-
-
-@dataclass(frozen=True)
-class StoredRows:
-    """Rows of a tensor in a file, which are read without being mapped: what is mapped counts as held.
-
-    Attributes:
-        name: of the tensor.
-        path: of the file.
-        offset: of the tensor in it, in bytes.
-        shape: of the tensor.
-        dtype: of the tensor.
-        state: what told the file apart when its header was read: see `file_state`.
-    """
-
-    name: str
-    path: Path
-    offset: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    state: tuple[int, ...]
-
-    @property
-    def row_bytes(self) -> int:
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
-
-    def held(self, rows: Sequence[int] | None = None) -> Tensor:
-        """The tensor, or rows of it, in memory of its own; errors as of `read`."""
-        if rows is None:
-            return replace(self, shape=(1, *self.shape)).held([0]).squeeze(0)
-        tensor = torch.empty(len(rows), *self.shape[1:], dtype=self.dtype, device="cpu")
-        for i, row in enumerate(rows):
-            self.read(row, tensor[i].reshape(-1).view(torch.uint8))
-        return tensor
-
-    def read(self, row: int, into: Tensor) -> None:
-        """Fills `into`, bytes on the CPU, with a row.
-
-        Raises:
-            CheckpointError: the file is gone, or is no longer the one whose header was read.
-        """
-        buffer, filled = memoryview(into.numpy()), 0  # type: ignore[arg-type]
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                file.seek(self.offset + row * self.row_bytes)
-                while got := file.readinto(buffer[filled:]):
-                    filled += got
-                found = file_state(os.fstat(file.fileno()))
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{self.path} was removed while its experts were in use; load the model anew"
-            ) from None
-        if found != self.state or filled < self.row_bytes:
-            raise CheckpointError(f"{self.path} changed while its experts were in use; load the model anew")
-
-
-def file_state(stat: os.stat_result) -> tuple[int, ...]:
-    """What differs once a file was written to, or another one has its name."""
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 @dataclass
@@ -195,12 +135,12 @@ class Streamed(nn.Module):
 
     passes: ClassVar[tuple[tuple[str, ...], ...]]
 
-    def __init__(self, stored: Mapping[str, StoredRows], rows: Sequence[int], stream: ExpertStream):
+    def __init__(self, stored: Mapping[str, StoredTensor], rows: Sequence[int], stream: ExpertStream):
         super().__init__()
         self.stored, self.rows, self.stream = dict(stored), list(rows), stream
 
     @classmethod
-    def slot_bytes(cls, stored: Mapping[str, StoredRows]) -> int:
+    def slot_bytes(cls, stored: Mapping[str, StoredTensor]) -> int:
         """What a slot for one expert takes."""
         return max(stop for names in cls.passes for _, stop in places(stored, names).values())
 
@@ -254,7 +194,7 @@ class Streamed(nn.Module):
 
     def _read(self, names: Sequence[str], expert: int, host: Tensor) -> None:
         for name, (start, stop) in places(self.stored, names).items():
-            self.stored[name].read(self.rows[expert], host[start:stop])
+            self.stored[name].read_row(self.rows[expert], host[start:stop])
 
     def _tensors(self, names: Sequence[str], held: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """The expert that a slot holds."""
@@ -330,7 +270,7 @@ class StoredHead(nn.Module):
         CheckpointError: the file changed or is gone.
     """
 
-    def __init__(self, head: nn.Module, stored: Mapping[str, StoredRows]):
+    def __init__(self, head: nn.Module, stored: Mapping[str, StoredTensor]):
         super().__init__()
         self._bare = [head.eval().requires_grad_(False)]  # in a list: no submodule, which would be moved to devices
         self.stored = dict(stored)
@@ -338,7 +278,7 @@ class StoredHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """As of the head."""
         head = copy.deepcopy(self._bare[0])  # of its own, as other threads may call it too
-        tensors = {name: stored.held().to(x.device) for name, stored in self.stored.items()}
+        tensors = {name: stored.read().to(x.device) for name, stored in self.stored.items()}
         state = {name: tensor.to(x.dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
         head.load_state_dict(state, assign=True)
         return head(x)
@@ -347,7 +287,7 @@ class StoredHead(nn.Module):
         return f"file={next(iter(self.stored.values())).path.name}"
 
 
-def places(stored: Mapping[str, StoredRows], names: Sequence[str]) -> dict[str, tuple[int, int]]:
+def places(stored: Mapping[str, StoredTensor], names: Sequence[str]) -> dict[str, tuple[int, int]]:
     """Where each tensor of one expert is in a slot: its first byte, and the one after its last."""
     found, start = {}, 0
     for name in names:

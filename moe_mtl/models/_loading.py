@@ -1,32 +1,26 @@
 """Loading a model without holding its sparse experts, nor heads of tasks that are not asked for."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.utils import logging
 
-from ..files import CheckpointError
 from ..hub import Checkpoint
 from ..layers.attention_experts import HeadExperts
 from ..layers.moe import SparseExperts
 from ..layers.streaming import (
     ExpertStream,
     StoredHead,
-    StoredRows,
     Streamed,
     StreamedExperts,
     StreamedHeads,
-    file_state,
 )
 
 if TYPE_CHECKING:
     from ._base import MultiTaskConfig, MultiTaskModel
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-DTYPES |= {"I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 STREAMED: dict[type[nn.Module], type[Streamed]] = {SparseExperts: StreamedExperts, HeadExperts: StreamedHeads}
 
@@ -74,7 +68,7 @@ def load_offloaded(
     if not layers:
         raise ValueError(f"offload_experts: expected a model with sparse experts, found {type(model).__name__} without")
     stored = {
-        layer: {name: stored_rows(checkpoint, f"{layer}.{name}") for name, _ in module.named_parameters()}
+        layer: {name: checkpoint.stored(f"{layer}.{name}") for name, _ in module.named_parameters()}
         for layer, module in layers.items()
     }
     stream = ExpertStream(max(STREAMED[type(module)].slot_bytes(stored[layer]) for layer, module in layers.items()))
@@ -88,11 +82,11 @@ def load_offloaded(
     if len(config.task_names) > 1:  # else the only head is always needed
         for head in (f"heads.{task}" for task in config.task_names):
             bare = model.get_submodule(head)
-            places = {name: stored_rows(checkpoint, f"{head}.{name}") for name in bare.state_dict()}
-            for place in places.values():
-                _held(place)
-            model.set_submodule(head, StoredHead(bare, places))
-    state = {name: _held(stored_rows(checkpoint, name), full.rows_kept(config, name)) for name in model.state_dict()}
+            for name in bare.state_dict():
+                checkpoint.read(f"{head}.{name}")  # raises for values that are not finite
+            stored_head = {name: checkpoint.stored(f"{head}.{name}") for name in bare.state_dict()}
+            model.set_submodule(head, StoredHead(bare, stored_head))
+    state = {name: checkpoint.read(name, full.rows_kept(config, name)) for name in model.state_dict()}
     if dtype is not None:
         state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     model.load_state_dict(state, assign=True)
@@ -106,20 +100,3 @@ def refuse_offloaded(model: "MultiTaskModel", what: str) -> None:
             f"{what}: expected a model that holds its experts, found one that was loaded with offload_experts; load it "
             "without, or with tasks=[...] where only some are needed"
         )
-
-
-def stored_rows(checkpoint: Checkpoint, name: str) -> StoredRows:
-    """Where the rows of a tensor are."""
-    path, offset, stat = checkpoint.place(name)
-    shape, dtype = checkpoint.shapes[name], DTYPES[checkpoint.dtypes[name]]
-    return StoredRows(name, path, offset, shape, dtype, file_state(stat))
-
-
-def _held(stored: StoredRows, rows: Sequence[int] | None = None) -> Tensor:
-    """A tensor, or rows of it, in memory of its own: what safetensors returns is mapped from the file."""
-    tensor = stored.held(rows)
-    if tensor.is_floating_point() and not tensor.isfinite().all():
-        raise CheckpointError(
-            f"expected finite weights, found NaN or infinite values in {stored.name} of {stored.path}"
-        )
-    return tensor

@@ -18,13 +18,14 @@ from torch.testing import assert_close
 
 from moe_mtl.files import CheckpointError
 from moe_mtl.layers import streaming
-from moe_mtl.layers.streaming import ExpertStream, StoredRows, Streamed, StreamedExperts, StreamedHeads
+from moe_mtl.layers.streaming import ExpertStream, Streamed, StreamedExperts, StreamedHeads
 from moe_mtl.models import AutoModelForMultiTask
 from moe_mtl.models._vision import VisionModel
 from moe_mtl.models.m3vit import M3ViTConfig, M3ViTForMultiTask
 from moe_mtl.models.mod_squad import ModSquadConfig, ModSquadForMultiTask
 from moe_mtl.models.vit import MultiTaskViT, MultiTaskViTConfig
 from moe_mtl.pathway import cost, prune
+from moe_mtl.stored import StoredTensor
 
 SIZES: dict[str, Any] = {
     "image_size": [16, 24],
@@ -173,13 +174,13 @@ def test_two_experts_are_held_at_most(folder: Path, kind: str, monkeypatch: pyte
 def test_only_experts_with_tokens_are_read(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     offloaded = AutoModelForMultiTask.from_pretrained(folder, offload_experts=True)
     read: list[tuple[str, int]] = []
-    original = StoredRows.read
+    original = StoredTensor.read_row
 
-    def spy(self: StoredRows, row: int, into: Tensor) -> None:
+    def spy(self: StoredTensor, row: int, into: Tensor) -> None:
         read.append((self.name, row))
         original(self, row, into)
 
-    monkeypatch.setattr(StoredRows, "read", spy)
+    monkeypatch.setattr(StoredTensor, "read_row", spy)
     with torch.no_grad():
         for name, parameter in offloaded.named_parameters():
             if ".gates." in name:
@@ -196,13 +197,13 @@ def test_only_heads_of_asked_tasks_are_read(folder: Path, asked: list[str], monk
     offloaded = AutoModelForMultiTask.from_pretrained(folder, offload_experts=True)
     assert not [name for name in offloaded.state_dict() if name.startswith("heads.")]
     read: list[str] = []
-    original = StoredRows.held
+    original = StoredTensor.read
 
-    def spy(self: StoredRows, rows: Any = None) -> Tensor:
+    def spy(self: StoredTensor, rows: Any = None) -> Tensor:
         read.append(self.name)
         return original(self, rows)
 
-    monkeypatch.setattr(StoredRows, "held", spy)
+    monkeypatch.setattr(StoredTensor, "read", spy)
     offloaded(images(), tasks=asked)
     heads = [name for name in build().state_dict() if name.startswith("heads.")]
     assert set(read) == {name for name in heads if name.split(".")[1] in asked}
@@ -218,10 +219,10 @@ def test_the_only_head_is_held(folder: Path) -> None:
 def test_a_file_that_changes_or_goes_is_noticed(folder: Path, kind: str) -> None:
     weights = folder / "model.safetensors"
     for harm, message in (
-        (lambda: os.utime(weights, ns=(1, 1)), "changed while its experts were in use"),
+        (lambda: os.utime(weights, ns=(1, 1)), "changed while its weights were in use"),
         (lambda: shutil.copy(weights, folder / "copy") and os.replace(folder / "copy", weights), "changed while"),
         (lambda: os.truncate(weights, weights.stat().st_size // 2), "changed while"),
-        (lambda: weights.unlink(), "was removed while its experts were in use; load the model anew"),
+        (lambda: weights.unlink(), "was removed while its weights were in use; load the model anew"),
     ):
         build(kind).save_pretrained(folder)
         offloaded = AutoModelForMultiTask.from_pretrained(folder, offload_experts=True)
@@ -300,7 +301,7 @@ def test_threads_take_turns(folder: Path) -> None:
 def test_tensors_of_an_expert_do_not_overlap() -> None:
     state = (0, 0, 0, 0)
     stored = {
-        name: StoredRows(name, Path("none"), 0, shape, torch.float32, state)
+        name: StoredTensor(name, Path("none"), 0, shape, torch.float32, state)
         for name, shape in (("w_up", (E, H, D)), ("b_up", (E, H)), ("w_down", (E, D, H)), ("b_down", (E, D)))
     }
     found = list(streaming.places(stored, StreamedExperts.passes[0]).values())
@@ -314,7 +315,7 @@ def test_a_slot_holds_one_tensor_of_a_head() -> None:
     """What a pass does not need is not read."""
     state = (0, 0, 0, 0)
     stored = {
-        name: StoredRows(name, Path("none"), 0, shape, torch.float32, state)
+        name: StoredTensor(name, Path("none"), 0, shape, torch.float32, state)
         for name, shape in (("w_query", (E, H, D)), ("w_out", (E, D, H)))
     }
     assert StreamedHeads.slot_bytes(stored) == 4 * H * D

@@ -169,7 +169,8 @@ def test_gate_and_up_as_two_tensors(backend: str, biased: bool, activation: str)
 @pytest.mark.parametrize("backend", ["grouped", "triton"])
 @pytest.mark.parametrize("activation", ["swiglu", "gelu", gated(F.silu)])
 def test_recomputing_changes_nothing(backend: str, activation) -> None:
-    inputs = on_device(make(9, 6, 4, 3, 2, activation if isinstance(activation, str) else "swiglu"), torch.float32)
+    # Widths that are multiples of four: on some processors a product's last bit depends on where its operands begin.
+    inputs = on_device(make(9, 8, 4, 3, 2, activation if isinstance(activation, str) else "swiglu"), torch.float32)
     inputs["indices_NK"][::2, 1] = 3
     kept, again = (
         with_gradients(
