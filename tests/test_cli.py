@@ -20,11 +20,12 @@ from sklearn.metrics import roc_auc_score
 
 from moe_mtl import cli
 from moe_mtl.cards.record import load_record, this_row
+from moe_mtl.checkpoint import Checkpoint
 from moe_mtl.cli import COMMANDS, main
 from moe_mtl.cli._arguments import UsageError, split_overrides
 from moe_mtl.cli._console import quiet_libraries, table
 from moe_mtl.data import TabularProcessor, load
-from moe_mtl.hub import Checkpoint, zoo, zoo_folder
+from moe_mtl.hub import zoo, zoo_folder
 from moe_mtl.models import REGISTRY, AutoModelForMultiTask
 from moe_mtl.pathway import cost
 from moe_mtl.tuners import METHODS

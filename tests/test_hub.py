@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from moe_mtl import hub
-from moe_mtl.hub import Checkpoint, CheckpointError, ModelNotFoundError, UnsafeFileError
+from moe_mtl.checkpoint import Checkpoint
+from moe_mtl.files import CheckpointError, ModelNotFoundError, UnsafeFileError
 
 DOCUMENTED = (CheckpointError, ModelNotFoundError, UnsafeFileError)
 TENSORS = {"trunk.weight": torch.arange(12.0).reshape(4, 3), "towers.ctr.bias": torch.tensor([1.0, 2.0])}
@@ -112,7 +113,8 @@ def test_data_folders_of_checkout_and_wheel(monkeypatch, tmp_path):
 
 
 def test_headers_are_checked_without_torch(model):
-    code = "import sys; from moe_mtl.hub import Checkpoint; Checkpoint(sys.argv[1]); sys.exit('torch' in sys.modules)"
+    imports = "import sys; from moe_mtl.checkpoint import Checkpoint"
+    code = f"{imports}; Checkpoint(sys.argv[1]); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code, model]).returncode == 0
 
 

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import Checkpoint
 from ..files import CheckpointError, ModelNotFoundError, UnsafeFileError, read_json
-from ..hub import ADAPTER, CONFIG, MANIFEST, PICKLES, Checkpoint, file_sha256, read_config, zoo, zoo_folder
+from ..hub import ADAPTER, CONFIG, MANIFEST, PICKLES, file_sha256, read_config, zoo, zoo_folder
 from ..training.saved import RECIPE
 from .curves import CURVES
 from .page import PAGE, PROMPT, RESULTS, ZOO, index_pages, pictures, render, replace_block

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoint import Checkpoint
 from ..files import staged_folder
-from ..hub import Checkpoint, file_sha256, write_manifest, zoo_folder
+from ..hub import file_sha256, write_manifest, zoo_folder
 from ..training.recipe import load_recipe
 from ..training.saved import RECIPE
 from . import image_variants, text_variants

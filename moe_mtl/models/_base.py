@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel
 
 from .. import hub
+from ..checkpoint import Checkpoint, check_shapes
 from ..data.saved import SavedProcessor
 from ..files import CheckpointError, replaced_files
 from ..naming import nearest
 from ..tasks import SHARED, Task, check_task_names, parse_tasks
+from ..upload import add_companions, upload
 from ._loading import load_offloaded, no_progress_bar, refuse_offloaded
 
 REGISTRY: dict[str, type["MultiTaskModel"]] = {}
@@ -239,7 +241,7 @@ class MultiTaskModel(PreTrainedModel):
             config = cls.config_class.from_pretrained(folder)
         if state_dict is not None:
             return cls._from_state(config, state_dict, ignore_mismatched_sizes, model_args, kwargs, origin)
-        checkpoint = hub.Checkpoint(folder, hash_weights=tasks is None)
+        checkpoint = Checkpoint(folder, hash_weights=tasks is None)
         if ignore_mismatched_sizes:
             state = {name: checkpoint.read(name) for name in checkpoint.shapes}
             return cls._from_state(config, state, True, model_args, kwargs, origin)
@@ -269,7 +271,7 @@ class MultiTaskModel(PreTrainedModel):
         """A model from tensors in memory, checked like those of a file."""
         expected = {name: tuple(tensor.shape) for name, tensor in cls._on_meta(config).state_dict().items()}
         if state_dict and not ignore_mismatched_sizes:
-            hub.check_shapes(expected, {name: tuple(t.shape) for name, t in state_dict.items()}, "the state_dict given")
+            check_shapes(expected, {name: tuple(t.shape) for name, t in state_dict.items()}, "the state_dict given")
         for name, tensor in state_dict.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise CheckpointError(f"expected finite weights, found NaN or infinite values in {name}")
@@ -329,9 +331,9 @@ class MultiTaskModel(PreTrainedModel):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             self.save_pretrained(folder, max_shard_size=max_shard_size)
-            hub.add_companions(folder, self.config.name_or_path or "", self._card(repo_id))
+            add_companions(folder, self.config.name_or_path or "", self._card(repo_id))
             hub.write_manifest(folder)
-            return hub.upload(
+            return upload(
                 folder,
                 repo_id,
                 commit_message=commit_message or f"Upload {type(self).__name__}",

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..hub import Checkpoint
+from ..checkpoint import Checkpoint
 from ..layers.attention_experts import HeadExperts
 from ..layers.moe import SparseExperts
 from ..layers.streaming import (

@@ -8,8 +8,8 @@ import torch
 import zoo
 from torch import Tensor, nn
 
-from moe_mtl import hub
-from moe_mtl.models import AutoModelForMultiTask, MultiTaskModel
+from moe_mtl.checkpoint import Checkpoint
+from moe_mtl.models import AutoModelForMultiTask, MultiTaskModel, _base
 from moe_mtl.tasks import UnknownTaskError
 
 all_variants = pytest.mark.parametrize("variant", zoo.VARIANTS)
@@ -90,14 +90,14 @@ def test_reading_one_task_from_disk_reads_only_that(
     model = zoo.variant_of(variant)
     model.save_pretrained(tmp_path)
     inputs = zoo.inputs_of(model.config)
-    checkpoints: list[hub.Checkpoint] = []
+    checkpoints: list[Checkpoint] = []
 
-    class Counted(hub.Checkpoint):
+    class Counted(Checkpoint):
         def __init__(self, folder: Path, **options: bool) -> None:
             super().__init__(folder, **options)
             checkpoints.append(self)
 
-    monkeypatch.setattr(hub, "Checkpoint", Counted)
+    monkeypatch.setattr(_base, "Checkpoint", Counted)
     type(model).from_pretrained(tmp_path)
     everything = checkpoints[-1].bytes_read
     assert everything == sum(t.nbytes for t in model.state_dict().values())
