@@ -8,8 +8,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "moe_mtl"
 # Names of one floor may use each other and every floor before them.
 FLOORS = [
-    {"naming", "files"},
-    {"ops", "data", "kinds", "tasks", "outputs", "hub"},
+    {"naming", "files", "stored"},
+    {"ops", "data", "kinds", "tasks", "outputs", "hub", "checkpoint", "upload"},
     {"layers"},
     {"models", "tuners", "parallel"},
     {"pathway", "serving"},
