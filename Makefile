@@ -16,15 +16,18 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	@$(BIN)/moe-mtl demo --output runs/demo
 
-# Two processes with one thread each are faster on small models than one process with two. The kernels run on the
-# oldest Triton too, whose interpreter wants an older numpy. Files keep their order: the few that hold one test of a
-# minute would come last otherwise, when the other process has nothing left.
-test: $(INSTALLED) $(VENV)/triton-3.6 lint
+# Two processes with one thread each are faster on small models than one process with two. Files keep their order: the
+# few that hold one test of a minute would come last otherwise, when the other process has nothing left. What leans on
+# triton and transformers most runs on the oldest ones that are supported too; that triton's interpreter wants an older
+# numpy.
+test: $(INSTALLED) $(VENV)/oldest lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
-	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/python -m pytest -n 2 --dist loadfile tests/ops -k "triton or kernels or compiled"
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n 2 --dist loadfile \
+		tests/ops tests/models tests/training/test_balancing.py -k "triton or kernels or compiled or models or balancing"
 
-$(VENV)/triton-3.6: $(INSTALLED)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0 numpy==2.3.5
+$(VENV)/oldest: $(INSTALLED)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --target $@ \
+		triton==3.6.0 numpy==2.3.5 transformers==5.17.0
 	@touch $@
 
 lint: $(INSTALLED)
