@@ -209,6 +209,7 @@ def test_only_heads_of_asked_tasks_are_read(folder: Path, asked: list[str], monk
     assert set(read) == {name for name in heads if name.split(".")[1] in asked}
     assert not list(offloaded.heads.parameters())  # and let go of
     assert not list(offloaded.heads.buffers())
+    assert all(t.is_meta for head in offloaded.heads.values() for t in head._bare[0].state_dict().values())
 
 
 def test_the_only_head_is_held(folder: Path) -> None:
