@@ -131,6 +131,15 @@ def test_in_another_dtype(folder: Path, dtype: torch.dtype) -> None:
     assert_close(dict(found), dict(expected))
 
 
+def test_with_autocast(folder: Path) -> None:
+    model = plain(AutoModelForMultiTask.from_pretrained(folder))
+    offloaded = AutoModelForMultiTask.from_pretrained(folder, offload_experts=True)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        found, expected = offloaded(images()).logits, model(images()).logits
+    assert {logits.dtype for logits in found.values()} == {torch.bfloat16}
+    assert_close(dict(found), dict(expected), rtol=0.02, atol=0.02)
+
+
 def test_two_experts_are_held_at_most(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that enter products lie in two places; an expert is read while the one before it is computed."""
     offloaded = AutoModelForMultiTask.from_pretrained(folder, offload_experts=True)
