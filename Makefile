@@ -17,17 +17,19 @@ demo: $(INSTALLED)
 	@$(BIN)/moe-mtl demo --output runs/demo
 
 # Two processes with one thread each are faster on small models than one process with two. Files keep their order: the
-# few that hold one test of a minute would come last otherwise, when the other process has nothing left. What leans on
-# triton and transformers most runs on the oldest ones that are supported too; that triton's interpreter wants an older
-# numpy.
+# few that hold one test of a minute would come last otherwise, when the other process has nothing left. Kernels,
+# models and balancing run on the oldest triton and transformers that are supported too; that triton's interpreter wants
+# an older numpy.
 test: $(INSTALLED) $(VENV)/oldest lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n 2 --dist loadfile \
 		tests/ops tests/models tests/training/test_balancing.py -k "triton or kernels or compiled or models or balancing"
 
-$(VENV)/oldest: $(INSTALLED)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --target $@ \
-		triton==3.6.0 numpy==2.3.5 transformers==5.17.0
+$(VENV)/oldest: $(INSTALLED) Makefile
+	@rm -rf $@
+	@grep -vE '^(triton|numpy|transformers|huggingface.hub)=' constraints.txt >$(VENV)/oldest-constraints.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/oldest-constraints.txt --target $@ \
+		triton==3.6.0 numpy==2.3.5 transformers==5.17.0 huggingface_hub==1.33.0
 	@touch $@
 
 lint: $(INSTALLED)

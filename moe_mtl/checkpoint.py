@@ -162,7 +162,7 @@ class Checkpoint:
                 described = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in found.items()}
             parsed = json.loads(content)
             places = {name: 8 + header + parsed[name]["data_offsets"][0] for name in described}
-        except (SafetensorError, OSError, ValueError, LookupError) as error:
+        except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
             raise CheckpointError(
                 f"{file_name} of {self.folder} is truncated or no safetensors file: {error}"
             ) from None
@@ -176,6 +176,8 @@ class Checkpoint:
                     f"expected one of the dtypes {', '.join(DTYPES)} for {name} in {file_name} of {self.folder}, "
                     f"found {dtype}"
                 )
+            if any(side >= 2**63 for side in shape):  # of an empty tensor: no bytes speak against it
+                raise CheckpointError(f"{file_name} of {self.folder} declares {list(shape)} as the shape of {name}")
             self.shapes[name], self.dtypes[name] = shape, dtype
             self._files[name], self._offsets[name] = path, places[name]
         self._states[path] = file_state(stat)

@@ -39,7 +39,7 @@ MAX_JSON_BYTES = 32 * 2**20
 
 
 def file_state(stat: os.stat_result) -> tuple[int, ...]:
-    """What differs once a file was written to, or another one has its name."""
+    """What differs once another file has that name, or it was written to, unless its times were set back."""
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 

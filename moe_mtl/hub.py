@@ -11,14 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .files import (
-    CheckpointError,
-    ModelNotFoundError,
-    UnsafeFileError,
-    read_json,
-    safe_file,
-    write_atomically,
-)
+from .files import CheckpointError, ModelNotFoundError, UnsafeFileError, read_json, safe_file, write_atomically
 
 WEIGHTS, INDEX, CONFIG, MANIFEST = "model.safetensors", "model.safetensors.index.json", "config.json", "manifest.json"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

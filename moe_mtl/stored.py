@@ -61,21 +61,27 @@ class StoredTensor:
     def _fill(self, parts: Iterable[tuple[int, memoryview]]) -> None:
         """Reads from the beginning of each row as much as its buffer takes."""
         try:
-            with open(self.path, "rb", buffering=0) as file:
-                whole = True
+            with open(self.path, "rb", buffering=0, opener=_open_at_once) as file:
+                found, whole = file_state(os.fstat(file.fileno())), True
+                if found != self.state:  # perhaps no file any more that could be read to an end
+                    parts = ()
                 for row, buffer in parts:
                     file.seek(self.offset + row * self.row_bytes)
                     filled = 0
                     while got := file.readinto(buffer[filled:]):
                         filled += got
                     whole &= filled == len(buffer)
-                found = file_state(os.fstat(file.fileno()))
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{self.path} was removed while its weights were in use; load the model anew"
-            ) from None
+                found = file_state(os.fstat(file.fileno())) if found == self.state else found
+        except OSError as error:
+            what = "was removed" if isinstance(error, FileNotFoundError) else f"cannot be read any more ({error})"
+            raise CheckpointError(f"{self.path} {what} while its weights were in use; load the model anew") from None
         if found != self.state or not whole:
             raise CheckpointError(f"{self.path} changed while its weights were in use; load the model anew")
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A pipe that stands where the file was must not make anyone wait."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -2,6 +2,7 @@
 
 import os
 from importlib.metadata import version
+from importlib.util import find_spec
 
 import torch
 
@@ -11,4 +12,5 @@ if not torch.cuda.is_available():
 
 def pytest_report_header() -> str:
     """Two passes run, with other versions of these: which ones, the log must tell."""
-    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "triton", "numpy"))
+    names = [name for name in ("torch", "transformers", "triton", "numpy") if find_spec(name) is not None]
+    return ", ".join(f"{name} {version(name)}" for name in names)

@@ -161,12 +161,29 @@ def test_tensors_begin_where_they_would_had_torch_made_them(tmp_path):
 
 
 def test_what_changes_after_its_header_was_read_is_noticed(model):
-    for harm in (lambda path: os.utime(path, ns=(1, 1)), lambda path: os.truncate(path, 100), Path.unlink):
+    weights = model / "model.safetensors"
+    for harm, message in (
+        (lambda: os.utime(weights, ns=(1, 1)), "changed while its weights were in use"),
+        (lambda: os.truncate(weights, 100), "changed while"),
+        (weights.unlink, "was removed while"),
+        (lambda: (weights.unlink(), weights.mkdir()), "cannot be read any more"),
+        (lambda: (weights.unlink(), os.mkfifo(weights)), "changed while"),  # from which nobody would ever read
+    ):
         checkpoint = Checkpoint(model)
-        harm(model / "model.safetensors")
-        with pytest.raises(CheckpointError, match=r"was removed while|changed while its weights were in use"):
+        harm()
+        with pytest.raises(CheckpointError, match=message):
             checkpoint.read("trunk.weight")
-        save_file(TENSORS, model / "model.safetensors")
+        if weights.is_dir():
+            weights.rmdir()
+        weights.unlink(missing_ok=True)
+        save_file(TENSORS, weights)
+
+
+def test_a_side_that_no_tensor_can_have_is_refused(tmp_path):
+    text = json.dumps({"x": {"dtype": "F32", "shape": [2**63, 0], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(CheckpointError, match="as the shape of x"):
+        Checkpoint(tmp_path)
 
 
 def test_rows_and_names_out_of_range(model):

@@ -5,9 +5,10 @@ Models have random weights and are measured in turns, in one run; ratios are med
 Parts: `latency` is the forward of one task, extracted, beside that of all tasks, and the ratio that their multiply-adds
 predict; `experts` a training step of one sparse layer (forward, backward, balance; no optimiser, whose work grows with
 what is stored) with few and with many experts, as many chosen; `memory` what loading a model and answering one image
-holds at its peak, with its experts in memory and with `offload_experts`, each in a process of its own. What that saves
-is told in two ways, beside the peak with all experts in memory and beside the size of the model's weights; and so is
-how far each peak lies above the weights that are in memory: what activations take, and loading.
+holds at its peak, with all weights in memory and with `offload_experts`, which leaves experts and heads on disk, each
+in a process of its own. What that saves is told in two ways, beside the peak with all weights in memory and beside the
+size of the model's weights; and so is how far each peak lies above the weights that are in memory: what activations
+take, and loading.
 """
 
 import gc

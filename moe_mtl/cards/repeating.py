@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ..hub import ModelNotFoundError, zoo, zoo_folder
+from ..files import ModelNotFoundError
+from ..hub import zoo, zoo_folder
 from ..naming import nearest
 from ..training.recipe import load_recipe
 from .environment import made_as_here

@@ -278,8 +278,9 @@ class StoredHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """As of the head."""
         head = copy.deepcopy(self._bare[0])  # of its own, as other threads may call it too
-        tensors = {name: stored.read().to(x.device) for name, stored in self.stored.items()}
-        state = {name: tensor.to(x.dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        state = {}
+        for name, stored in self.stored.items():
+            state[name] = stored.read().to(x.device, x.dtype if stored.dtype.is_floating_point else None)
         head.load_state_dict(state, assign=True)
         return head(x)
 

@@ -198,8 +198,8 @@ class MultiTaskModel(PreTrainedModel):
                 `state_dict`.
             tasks: read and build only what these tasks need.
             offload_experts: leave the sparse experts on disk; at most two of them are in memory, on a GPU as on a CPU.
-                Of the heads of several tasks one at a time is, while its task is answered. For evaluation alone; the
-                files must stay as they are. Of the other options only dtype may go with it.
+                A call holds one head at a time of a model with several, while its task is answered. For evaluation
+                alone; the files must stay as they are. Of the other options only dtype may go with it.
             config: instead of the folder's.
             state_dict: instead of the folder's weights; held to the same checks. An empty one starts the model anew.
             ignore_mismatched_sizes: initialise anew what is missing or of another shape, as transformers does, and

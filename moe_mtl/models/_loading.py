@@ -9,6 +9,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..checkpoint import Checkpoint
+from ..files import CheckpointError
 from ..layers.attention_experts import HeadExperts
 from ..layers.moe import SparseExperts
 from ..layers.streaming import (
@@ -52,7 +53,7 @@ def load_offloaded(
 
     Raises:
         ValueError: other options, or a model without sparse experts.
-        CheckpointError: a value is NaN or infinite.
+        CheckpointError: a value is NaN or infinite; integers where the model has floating-point numbers.
     """
     dtype = options.pop("dtype", None)
     if options:
@@ -64,6 +65,11 @@ def load_offloaded(
         raise ValueError(f"dtype: expected float32, float64, bfloat16 or float16, found {dtype!r}")
     with torch.device("meta"):
         model = type(full)(config)
+    for name, tensor in model.state_dict().items():
+        found = checkpoint.stored(name).dtype
+        if tensor.is_floating_point() != found.is_floating_point:
+            expected = "floating-point numbers" if tensor.is_floating_point() else "integers"
+            raise CheckpointError(f"offload_experts: expected {name} as {expected}, found {found}")
     layers = {name: module for name, module in model.named_modules() if type(module) in STREAMED}
     if not layers:
         raise ValueError(f"offload_experts: expected a model with sparse experts, found {type(model).__name__} without")

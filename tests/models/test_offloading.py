@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -216,9 +217,28 @@ def test_only_heads_of_asked_tasks_are_read(folder: Path, asked: list[str], monk
     offloaded(images(), tasks=asked)
     heads = [name for name in build().state_dict() if name.startswith("heads.")]
     assert set(read) == {name for name in heads if name.split(".")[1] in asked}
-    assert not list(offloaded.heads.parameters())  # and let go of
-    assert not list(offloaded.heads.buffers())
+    first = list(read)
+    offloaded(images(), tasks=asked)
+    assert read == first * 2  # nothing of the first call was left
     assert all(t.is_meta for head in offloaded.heads.values() for t in head._bare[0].state_dict().values())
+
+
+def test_a_head_notices_that_its_file_changed(folder: Path) -> None:
+    heads = AutoModelForMultiTask.from_pretrained(folder, offload_experts=True).heads
+    x_BLD = torch.randn(1, 7, D)
+    assert heads["parts"](x_BLD).shape == (1, 4, 16, 24)
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    with pytest.raises(CheckpointError, match="changed while its weights were in use"):
+        heads["parts"](x_BLD)
+
+
+@pytest.mark.parametrize("name", ["heads.parts.out.weight", "blocks.0.mlp.up.weight"])
+def test_integers_for_weights_are_refused_before_any_call(folder: Path, name: str) -> None:
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {name: state[name].long()}, folder / "model.safetensors", metadata={"format": "pt"})
+    message = f"expected {name} as floating-point numbers, found torch.int64"
+    with pytest.raises(CheckpointError, match=message):
+        AutoModelForMultiTask.from_pretrained(folder, offload_experts=True)
 
 
 def test_the_only_head_is_held(folder: Path) -> None:
@@ -300,11 +320,16 @@ def test_threads_take_turns(folder: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     offloaded = AutoModelForMultiTask.from_pretrained(folder, offload_experts=True)
-    inputs = [images() * scale for scale in (0.5, 1.0, 2.0, 4.0)]
-    expected = [offloaded(x).logits["parts"] for x in inputs]
+    calls = [(images() * scale, task) for scale, task in zip((0.5, 1.0, 2.0, 4.0), ("parts", "scene") * 2, strict=True)]
+
+    def answer(call: tuple[Tensor, str]) -> Tensor:
+        x, task = call
+        return offloaded(x, tasks=[task]).logits[task]
+
+    expected = [answer(call) for call in calls]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):
-            found = list(pool.map(lambda x: offloaded(x).logits["parts"], inputs))
+            found = list(pool.map(answer, calls))
             assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
 
 
