@@ -45,13 +45,13 @@ class Contender(Protocol):
 
 
 class Ours:
-    """moe_mtl, optionally with the forward pass compiled."""
+    """moe_mtl, optionally with the forward pass compiled, or folded for inference."""
 
     package = "moe_mtl"
 
-    def __init__(self, compiled: bool = False):
-        self.compiled = compiled
-        self.name = "moe_mtl (compiled)" if compiled else "moe_mtl"
+    def __init__(self, compiled: bool = False, folded: bool = False):
+        self.compiled, self.folded = compiled, folded
+        self.name = "moe_mtl" + (" (compiled)" if compiled else "") + (" (folded)" if folded else "")
 
     def build(self, shape: Shape) -> nn.Module:
         from ..models import model_class
@@ -78,9 +78,11 @@ class Ours:
         )
         return model(config)
 
-    def forward(self, model: nn.Module, shape: Shape, rows: Rows) -> Callable[[], object]:
+    def forward(self, model: Any, shape: Shape, rows: Rows) -> Callable[[], object]:
         inputs = {key: rows[key] for key in ("numeric", "categorical") if key in rows}
         model.eval()
+        if self.folded:
+            model.fold_for_inference()
         return _inference(torch.compile(model, dynamic=False) if self.compiled else model, **inputs)
 
     def epoch(self, model: nn.Module, shape: Shape, rows: Rows, batch_size: int) -> Callable[[], object]:

@@ -49,8 +49,8 @@ def table(result: dict[str, Any]) -> str:
             continue
         names = list(result[part][0]["results"])
         unit = "microseconds per call" if part == "latency" else "rows per second, whole epoch with loading"
-        lines += ["", f"{part}: {unit}; in brackets the time as a multiple of ours", ""]
-        header = ["model", "tasks", "batch", *names, "floor", "ours / floor"]
+        lines += ["", f"{part}: {unit}; in brackets the time as a multiple of {names[0]}", ""]
+        header = ["model", "tasks", "batch", *names, "floor", "/ floor"]
         rows = []
         for row in result[part]:
             cells = [row["model"], str(row["tasks"]), str(row["batch"])]
@@ -59,7 +59,7 @@ def table(result: dict[str, Any]) -> str:
                 value = figure["median"] * 1e6 if part == "latency" else figure["rows_per_second"]
                 cells.append(f"{value:,.0f} ({figure['ratio_to_ours']:.2f})")
             floor = row["floor"] * 1e6 if part == "latency" else row["floor_rows_per_second"]
-            rows.append([*cells, f"{floor:,.0f}", f"{row['results']['moe_mtl']['ratio_to_floor']:.2f}"])
+            rows.append([*cells, f"{floor:,.0f}", f"{row['results'][names[0]]['ratio_to_floor']:.2f}"])
         lines += aligned(header, rows)
         lines += ["", "parameters of each, so that the same work is visible", ""]
         seen: dict[tuple[str, int], list[str]] = {}
@@ -104,7 +104,7 @@ def plot(result: dict[str, Any]) -> bytes | None:
         names = list(rows[0]["results"])
         width = 0.8 / (len(names) + 1)
         for i, name in enumerate([*names, "floor"]):
-            ours = [row["results"]["moe_mtl"]["median"] for row in rows]
+            ours = [row["results"][names[0]]["median"] for row in rows]
             if name == "floor":
                 heights = [row["floor"] / own for row, own in zip(rows, ours, strict=True)]
             else:
@@ -113,7 +113,7 @@ def plot(result: dict[str, Any]) -> bytes | None:
         labels = [f"{row['model']}\nT={row['tasks']} B={row['batch']}" for row in rows]
         axes.set_xticks([x + 0.4 - width / 2 for x in range(len(rows))], labels, fontsize=7)
         axes.axhline(1.0, color="black", linewidth=0.8)
-        axes.set_ylabel("time, multiple of ours")
+        axes.set_ylabel(f"time, multiple of {names[0]}")
         axes.set_title(part)
         axes.legend()
     buffer = io.BytesIO()

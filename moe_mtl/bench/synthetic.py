@@ -5,10 +5,10 @@ Ma et al., "Modeling Task Relationships in Multi-task Learning with Multi-gate M
 parameters. The generator draws its sines anew each time, so that one data set says little: losses are averaged over
 draws and compared pair by pair on the same draw.
 
-Differs from the paper in: 20 draws, not 200 runs; every row is seen once, so that no model overfits; learning rates are
-chosen on validation rows; all draws train at once, as one batch of models. All layers of all models start alike, with
-Glorot's uniform initialisation and biases of 0 (the default of the paper's framework); this library's own experts start
-larger than its towers.
+Differs from the paper in: 20 draws by default, not 200 runs; every row is seen once, so that no model overfits;
+learning rates are chosen on validation rows; twenty draws train at once, as one batch of models. All layers of all
+models start alike, with Glorot's uniform initialisation and biases of 0 (the default of the paper's framework); this
+library's own experts start larger than its towers.
 
 Shapes: `N` draws, `B` rows, `D` features, `T` tasks.
 """
@@ -33,6 +33,7 @@ from .timing import torch_threads
 EXPERTS = {"num_experts": 8, "expert_dims": [16]}
 TOWER_DIMS = [8]
 TASKS = ("y1", "y2")
+DRAWS_AT_ONCE = 20
 
 
 @dataclass(frozen=True)
@@ -84,16 +85,16 @@ class Draws:
     test: tuple[Tensor, Tensor]
 
 
-def draw(correlation: float, options: Options) -> Draws:
-    """`options.draws` data sets of one correlation; a seed gives the same sines and inputs at every correlation."""
+def draw(correlation: float, seeds: Sequence[int], options: Options) -> Draws:
+    """A data set per seed, of one correlation; a seed gives the same sines and inputs at every correlation."""
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {"train": [], "validation": [], "test": []}
-    for i in range(options.draws):
+    for seed in seeds:
         splits = load(
             "mmoe-synthetic",
             correlation=correlation,
             scale=options.scale,
             train_rows=options.rows,
-            seed=options.seed + i,
+            seed=seed,
         )
         for name, rows in splits.parts().items():
             columns = {column: rows[column].to_numpy() for column in rows.column_names}
@@ -142,14 +143,16 @@ class _Core(nn.Module):
         return torch.cat([self.towers[task](states[task]) for task in TASKS], dim=-1)
 
 
-def train(name: str, draws: Draws, learning_rate: float, options: Options) -> dict[str, list[float]]:
+def train(name: str, draws: Draws, learning_rate: float, options: Options, seed: int) -> dict[str, list[float]]:
     """Trains one model per draw, all in one batch; Adam works number by number, so they do not touch each other.
+
+    `seed` is of all weights.
 
     Returns:
         mean squared error over both tasks, by draw, after the last epoch: `train`, `validation`, `test`.
     """
     x_NBD, y_NBT = draws.train
-    torch.manual_seed(options.seed)
+    torch.manual_seed(seed)
     cores = [_Core(build(name, x_NBD.shape[-1])) for _ in range(len(x_NBD))]
     parameters, _ = stack_module_state(cores)
     skeleton = cores[0].to("meta")
@@ -184,14 +187,13 @@ def run(options: Options, progress: Callable[[str], None] = lambda line: None) -
     with torch_threads(options.threads):
         rows = []
         for correlation in options.correlations:
-            draws = draw(correlation, options)
+            losses_of, label_correlations = _train_all(correlation, options, progress)
             row: dict[str, Any] = {
                 "correlation": correlation,
-                "label_correlation": _label_correlation(draws),
+                "label_correlation": statistics.fmean(label_correlations),
                 "models": {},
             }
-            for name in options.models:
-                tried = {rate: train(name, draws, rate, options) for rate in options.learning_rates}
+            for name, tried in losses_of.items():
                 rate = min(tried, key=lambda r: statistics.fmean(tried[r]["validation"]))
                 losses = tried[rate]
                 row["models"][name] = {
@@ -217,6 +219,28 @@ def run(options: Options, progress: Callable[[str], None] = lambda line: None) -
     }
     write(result, options.output, curves(result))
     return result
+
+
+def _train_all(
+    correlation: float, options: Options, progress: Callable[[str], None]
+) -> tuple[dict[str, dict[float, dict[str, list[float]]]], list[float]]:
+    """Model -> learning rate -> losses as of `train`, and the labels' correlation, both by draw."""
+    found: dict[str, dict[float, dict[str, list[float]]]] = {
+        name: {rate: {"train": [], "validation": [], "test": []} for rate in options.learning_rates}
+        for name in options.models
+    }
+    label_correlations: list[float] = []
+    for start in range(0, options.draws, DRAWS_AT_ONCE):
+        seeds = range(options.seed + start, options.seed + min(start + DRAWS_AT_ONCE, options.draws))
+        draws = draw(correlation, seeds, options)
+        label_correlations += (float(torch.corrcoef(y_BT.t())[0, 1]) for y_BT in draws.train[1])
+        for name, tried in found.items():
+            for rate, losses in tried.items():
+                for part, by_draw in train(name, draws, rate, options, seeds[0]).items():
+                    losses[part] += by_draw
+        if options.draws > DRAWS_AT_ONCE:
+            progress(f"correlation {correlation}: {start + len(seeds)} of {options.draws} draws")
+    return found, label_correlations
 
 
 def main(options: Options) -> dict[str, Any]:
@@ -297,8 +321,3 @@ def _gap(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
     told = found["log_ratio"]
     found["holds"] = all(told[part]["mean"] > 2 * told[part]["standard_error"] for part in ("at_lowest", "growth"))
     return found
-
-
-def _label_correlation(draws: Draws) -> float:
-    y_NBT = draws.train[1]
-    return statistics.fmean(float(torch.corrcoef(y_BT.t())[0, 1]) for y_BT in y_NBT)

@@ -37,7 +37,12 @@ class SoftmaxGate(nn.Module):
             drop_BE = torch.rand_like(logits_BE, dtype=torch.float32) < self.dropout
             drop_BE &= ~drop_BE.all(dim=-1, keepdim=True)
             logits_BE = logits_BE.masked_fill(drop_BE, -torch.inf)
-        return torch.softmax(logits_BE, dim=-1, dtype=_softmax_dtype(logits_BE)).to(x_BD.dtype), None
+        return gate_weights(logits_BE).to(x_BD.dtype), None
+
+
+def gate_weights(logits: Tensor) -> Tensor:
+    """Softmax over the last dimension, in float32 at least."""
+    return torch.softmax(logits, dim=-1, dtype=_softmax_dtype(logits))
 
 
 def _softmax_dtype(logits: Tensor) -> torch.dtype:
@@ -125,7 +130,7 @@ class DSelectKGate(nn.Module):
         on_BS1M = smooth_step(bits_BSM, self.gamma).unsqueeze(2)
         codes_EM = self._codes(bits_BSM.device)
         selectors_BSE = torch.where(codes_EM, on_BS1M, 1 - on_BS1M).prod(dim=-1)
-        return selectors_BSE, torch.softmax(mixture_BS, dim=-1, dtype=_softmax_dtype(mixture_BS)).to(bits_BSM.dtype)
+        return selectors_BSE, gate_weights(mixture_BS).to(bits_BSM.dtype)
 
     def forward(self, x_BD: Tensor) -> tuple[Tensor, Tensor | None]:
         """`[B, D] -> ` weights `[B, E]`, at most `k` of them not 0 once saturated, and the regulariser in training."""

@@ -186,11 +186,12 @@ class HoMEForMultiTask(TabularModel):
         return HoMETrunk(self.config, input_dim)
 
     def fold_for_inference(self) -> Self:
-        """Absorbs the experts' batch norms, in place; outputs in evaluation mode stay the same to rounding.
+        """Absorbs the experts' batch norms, in place, and joins the towers as every tabular model does; outputs in
+        evaluation mode stay the same to rounding.
 
-        Training afterwards goes on without them.
+        Training afterwards goes on without the norms.
         """
         fold_batch_norms(self)
         self.config = copy.deepcopy(self.config)  # other models may have been built from the same one
         self.config.batch_norm = False
-        return self
+        return super().fold_for_inference()

@@ -5,7 +5,7 @@ equations 5 to 7. Any gate of `layers/gates.py` fits: the paper's softmax, with 
 
 Differs from the official code in: keras-mmoe's gates have a bias; the paper's and ours have none.
 
-Shapes: `B` rows, `D` width of the encoded row, `E` experts, `H` expert output width.
+Shapes: `B` rows, `D` width of the encoded row, `E` experts, `H` expert output width, `T` tasks.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,13 @@ from dataclasses import field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from ..layers.experts import ExpertBank, dead_units, expert_names, mix_chosen, mix_groups
-from ..layers.gates import DSelectKGate, SoftmaxGate
+from ..layers.gates import DSelectKGate, SoftmaxGate, gate_weights
+from ..layers.joined import Joined
 from ..outputs import Routing
 from ..tasks import SHARED
 from ._base import MultiTaskConfig, Reader, register
@@ -144,6 +146,20 @@ class MMoETrunk(nn.Module):
         return TrunkOutput({task: mixed[gate_of[task]] for task in tasks}, (), routing, auxiliary)
 
 
+class JoinedMMoE(Joined):
+    """Experts, and the softmax gates of all tasks in one product. For evaluation without gradients."""
+
+    def __init__(self, trunk: MMoETrunk):
+        super().__init__()
+        self.experts, self.num_gates = trunk.experts, len(trunk.gates)
+        self.gates = self.lay([gate.linear for gate in trunk.gates.values()], "weight")
+
+    def __call__(self, x_BD: Tensor) -> Tensor:
+        """`[B, D] -> [T, B, H]`."""
+        weights_BTE = gate_weights(F.linear(x_BD, self.gates).view(len(x_BD), self.num_gates, -1)).to(x_BD.dtype)
+        return torch.bmm(weights_BTE, self.experts(x_BD).transpose(0, 1)).transpose(0, 1)
+
+
 @register
 class MMoEForMultiTask(TabularModel):
     """MMoE for tables."""
@@ -153,6 +169,10 @@ class MMoEForMultiTask(TabularModel):
 
     def build_trunk(self, input_dim: int) -> nn.Module:
         return MMoETrunk(self.config, input_dim)
+
+    def join_trunk(self) -> list[Joined]:
+        of_tasks = self.config.gate == "softmax" and self.config.gate_names() == self.config.tower_tasks
+        return [JoinedMMoE(self.trunk)] if of_tasks else []
 
     def rows_kept(self, config: MultiTaskConfig, name: str) -> list[int] | None:
         assert isinstance(config, MMoEConfig)

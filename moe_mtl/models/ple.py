@@ -16,7 +16,8 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from ..layers.cgc import CGCLevel
+from ..layers.cgc import CGCLevel, JoinedCGCLevel
+from ..layers.joined import Joined
 from ..tasks import SHARED
 from ._base import Reader, register
 from ._tabular import (
@@ -127,6 +128,9 @@ class PLEForMultiTask(TabularModel):
 
     def build_trunk(self, input_dim: int) -> nn.Module:
         return PLETrunk(self.config, input_dim)
+
+    def join_trunk(self) -> list[Joined]:
+        return [JoinedCGCLevel(level, one_input=number == 0) for number, level in enumerate(self.trunk.levels)]
 
 
 @strict

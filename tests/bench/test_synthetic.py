@@ -30,7 +30,7 @@ def test_all_layers_of_all_models_start_alike():
 
 
 def test_a_draw_keeps_its_inputs_and_sines_at_every_correlation():
-    near, far = draw(1.0, TINY), draw(0.0, TINY)
+    near, far = draw(1.0, range(2), TINY), draw(0.0, range(2), TINY)
     assert torch.equal(near.train[0], far.train[0])
     assert near.train[0].shape == (2, 100, 100)
     assert near.test[1].shape == (2, 1000, 2)
@@ -40,10 +40,10 @@ def test_a_draw_keeps_its_inputs_and_sines_at_every_correlation():
 
 @pytest.mark.parametrize("name", ["shared_bottom", "omoe", "mmoe"])
 def test_the_batch_of_models_learns_as_each_would_alone(name):
-    draws = draw(0.5, TINY)
-    together = train(name, draws, 1e-2, TINY)
+    draws = draw(0.5, range(2), TINY)
+    together = train(name, draws, 1e-2, TINY, seed=3)
     # The second draw alone, through the model's own forward; weights as the study drew them.
-    torch.manual_seed(TINY.seed)
+    torch.manual_seed(3)
     model = [build(name, 100) for _ in range(2)][1]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     order = torch.Generator().manual_seed(TINY.seed)
@@ -90,14 +90,31 @@ def test_the_study_reports_paired_differences(tmp_path, capsys):
     assert "the paper's ordering" in printed
 
 
+def test_many_draws_train_group_by_group(monkeypatch):
+    options = Options(**{**vars(TINY), "draws": 3, "models": ("mmoe",)})
+    monkeypatch.setattr(synthetic, "DRAWS_AT_ONCE", 2)
+    told = []
+    found = run(options, told.append)["correlations"][0]
+    losses = found["models"]["mmoe"]["by_draw"]
+    assert len(losses) == 3
+    assert [line for line in told if "of 3 draws" in line][:2] == [
+        "correlation 1.0: 2 of 3 draws",
+        "correlation 1.0: 3 of 3 draws",
+    ]
+    # Each group has data sets and weights of its own.
+    rate = found["models"]["mmoe"]["learning_rate"]
+    assert losses[:2] == train("mmoe", draw(1.0, [0, 1], options), rate, options, seed=0)["test"]
+    assert losses[2:] == train("mmoe", draw(1.0, [2], options), rate, options, seed=2)["test"]
+
+
 def test_the_learning_rate_is_chosen_on_validation_rows(monkeypatch):
     losses = {
         1e-3: {"train": 1.0, "validation": 1.0, "test": 5.0},
         1e-2: {"train": 0.0, "validation": 2.0, "test": 0.0},
     }
     empty = Draws(*[(torch.zeros(2, 1, 1), torch.tensor([[[0.0, 1.0], [1.0, 0.0]]] * 2))] * 3)
-    monkeypatch.setattr(synthetic, "draw", lambda correlation, options: empty)
-    fake = lambda name, draws, rate, options: {part: [loss, loss] for part, loss in losses[rate].items()}  # noqa: E731
+    monkeypatch.setattr(synthetic, "draw", lambda correlation, seeds, options: empty)
+    fake = lambda name, draws, rate, options, seed: {part: [loss, loss] for part, loss in losses[rate].items()}  # noqa: E731
     monkeypatch.setattr(synthetic, "train", fake)
     chosen = run(TINY)["correlations"][0]["models"]["mmoe"]
     assert (chosen["learning_rate"], chosen["test"]["mean"]) == (1e-3, 5.0)

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_mtl.layers.cgc import CGCLevel
+from moe_mtl.layers.cgc import CGCLevel, JoinedCGCLevel
 from moe_mtl.tasks import SHARED
 
 
-def level_of(outputs: Sequence[str]) -> CGCLevel:
+def level_of(outputs: Sequence[str], specific: int = 2, shared: int = 3, dims: Sequence[int] = (4, 5)) -> CGCLevel:
     torch.manual_seed(0)
-    level = CGCLevel("levels.0", 3, ["a", "b"], outputs, 2, 3, [4, 5], "tanh", 0.0, 0.0).double()
+    level = CGCLevel("levels.0", 3, ["a", "b"], outputs, specific, shared, dims, "tanh", 0.0, 0.0).double()
     for parameter in level.parameters():
         torch.nn.init.normal_(parameter, std=0.7)
     return level
@@ -28,8 +28,10 @@ def expert(level: CGCLevel, group: str, index: int, x: Tensor) -> Tensor:
 
 def mixed(level: CGCLevel, output: str, inputs: dict[str, Tensor], b: int) -> Tensor:
     """w = softmax(W x); experts in the order own, shared, or, for the shared gate, every task's and then shared."""
-    seen = [("a", 2), ("b", 2), (SHARED, 3)] if output == SHARED else [(output, 2), (SHARED, 3)]
-    hidden = [expert(level, group, i, inputs[group][b]) for group, size in seen for i in range(size)]
+    seen = ("a", "b", SHARED) if output == SHARED else (output, SHARED)
+    hidden = [
+        expert(level, group, i, inputs[group][b]) for group in seen for i in range(level.experts[group].num_experts)
+    ]
     logits = (level.gates[output].linear.weight @ inputs[output][b]).tolist()
     assert len(logits) == len(hidden)
     total = sum(math.exp(v) for v in logits)
@@ -70,3 +72,25 @@ def test_gradients() -> None:
         return tuple(level({"a": a, "b": b, SHARED: shared}, ["a", "b", SHARED], record=False)[0].values())
 
     assert torch.autograd.gradcheck(out, (*inputs, *level.parameters()))
+
+
+@pytest.mark.parametrize("dims", [[5], [4, 5], [4, 6, 5]])
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 3)])
+@pytest.mark.parametrize("outputs", [["a", "b"], ["a", "b", SHARED], ["b", SHARED]])
+@pytest.mark.parametrize("one_input", [True, False])
+def test_a_joined_level_row_by_row(
+    one_input: bool, outputs: list[str], sizes: tuple[int, int], dims: list[int]
+) -> None:
+    level = level_of(outputs, *sizes, dims)
+    streams = [torch.randn(4, 3, dtype=torch.float64)] * 3 if one_input else list(torch.randn(3, 4, 3).double())
+    inputs = dict(zip(("a", "b", SHARED), streams, strict=True))
+    names = list(level.state_dict())
+    joined = JoinedCGCLevel(level, one_input)
+    assert list(level.state_dict()) == names
+    with torch.no_grad():
+        got = joined(streams[0] if one_input else torch.stack(streams))
+        assert got.shape == (len(outputs), 4, 5)
+        for output, of_output in zip(outputs, got, strict=True):
+            expected = torch.stack([mixed(level, output, inputs, b) for b in range(4)])
+            torch.testing.assert_close(of_output, expected, rtol=1e-10, atol=1e-12)
+    assert joined.holds()
