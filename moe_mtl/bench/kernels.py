@@ -12,9 +12,7 @@ import io
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -24,7 +22,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import moe_mtl.ops  # noqa: F401 - registers our experts function
 
-from .memory import peak_of_call
+from .memory import peak_of_call, process_that_gives_back
 from .report import aligned, require_known, to_stderr, write
 from .timing import alternate, torch_threads
 
@@ -129,8 +127,8 @@ def run(options: Options, progress: Callable[[str], None] = lambda line: None) -
         for dtype, shape, part in itertools.product(options.dtypes, options.grid, options.parts):
             rows.append(_row(dtype, shape, part, options))
             progress(f"{dtype} {shape} {part}: timed")
-    if options.memory:  # in a process of its own, which `peak_of_call` may make slow
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    if options.memory:
+        with process_that_gives_back() as pool:
             for row in rows:
                 shape = tuple(row["shape"].values())
                 for name, peak in pool.submit(_peaks, row["dtype"], shape, row["part"], options).result().items():

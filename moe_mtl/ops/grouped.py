@@ -26,7 +26,7 @@ def forward(
     """`[N, O]`, and where `keep` what enters the activation: part by part, in a graph `[S, P]` as a whole."""
     # In single precision the forward's products are one by one: see `Part`.
     slots = _may_have_slots(activation, in_graph) and (keep or x_ND.dtype != torch.float32)
-    rows = lay_out(plan, w.wide * x_ND.itemsize, slots)
+    rows = lay_out(plan, w.wide * x_ND.itemsize, slots, few_last=keep)
     if plan.num_placed < len(plan.order_S):  # whatever weight a copy for nobody has, it adds nothing
         weights_NK = weights_NK.masked_fill(plan.indices_NK == plan.num_experts, 0)
     y_RO = rows.empty(w.down_EOH.shape[1], x_ND)
@@ -40,7 +40,7 @@ def forward(
         part.product(h_RH, w.down_EOH[part.experts].transpose(1, 2), y_RO[part.rows])
         if w.b_down_EO is not None:
             y_RO[part.rows] += part.of_experts(w.b_down_EO)
-    return combine(y_RO, rows, weights_NK), kept if whole_RP is None else [whole_RP]
+    return combine(y_RO, rows.position_NK, weights_NK), kept if whole_RP is None else [whole_RP]
 
 
 def backward(
@@ -55,15 +55,20 @@ def backward(
     in_graph: bool = False,
 ) -> PerInput[Tensor | None]:
     """Gradients of what `needs` asks for; what was not kept is computed again. Frees `kept` on the way."""
-    rows = lay_out(plan, w.wide * x_ND.itemsize, _may_have_slots(activation, in_graph))
+    rows = lay_out(plan, w.wide * x_ND.itemsize, _may_have_slots(activation, in_graph), few_last=True)
     weights_S1 = weights_NK.reshape(-1, 1)
     wide = torch.promote_types(x_ND.dtype, torch.float32)
-    dx_RD = rows.empty(x_ND.shape[1], x_ND) if needs.x else None
+    dx_SD = None
+    if needs.x:  # of copies alone: it grows until the end, and empty rows can be most of all
+        dx_SD = x_ND.new_empty(len(plan.order_S), x_ND.shape[1])
+        dx_SD[plan.num_placed :] = 0
     dweights_R1 = rows.empty(1, x_ND, wide) if needs.weights else None
     found = no_gradients()
     if in_graph and kept:
         kept = [kept[0][part.rows] for part in rows.parts]
-    for part in rows.parts:
+
+    def of_part(part: Part) -> None:
+        """What it makes on the way is gone before the next part begins."""
         x_RD, grad_RO, weights_R1 = part.of_tokens(x_ND), part.of_tokens(grad_NO), part.of_copies(weights_S1)
         pre_RP = kept.pop(0) if kept else _first_layer(x_RD, w, part)
         dh_RH = part.product(grad_RO, w.down_EOH[part.experts], grad_RO.new_empty(len(grad_RO), w.down_EOH.shape[2]))
@@ -94,14 +99,20 @@ def backward(
             part.outer(dup_RP, x_RD, gradient_of(found, "up", w.up_EPD)[part.experts])
         if needs.b_up:
             part.sums(dup_RP, gradient_of(found, "b_up", w.b_up_EP)[part.experts])
-        if dx_RD is not None:
-            dx = part.product(dup_RP, w.up_EPD[part.experts], dx_RD[part.rows])
+        if dx_SD is not None:
+            dx_RD = dx_SD[part.copies] if part.real_C is None else torch.empty_like(x_RD)
+            part.product(dup_RP, w.up_EPD[part.experts], dx_RD)
             if w.gate_EHD is not None:
-                dx += part.product(dgate_RH, w.gate_EHD[part.experts], torch.empty_like(dx))
+                dx_RD += part.product(dgate_RH, w.gate_EHD[part.experts], torch.empty_like(dx_RD))
+            if part.real_C is not None:
+                torch.index_select(dx_RD, 0, part.real_C, out=dx_SD[part.copies])
+
+    for part in rows.parts:
+        of_part(part)
     if dweights_R1 is not None:
         found.weights = at_copies(dweights_R1, rows).view_as(weights_NK).to(weights_NK.dtype)
-    if dx_RD is not None:
-        found.x = combine(dx_RD, rows)
+    if dx_SD is not None:
+        found.x = combine(dx_SD, plan.position_S.view_as(plan.indices_NK))
     return found
 
 
@@ -134,7 +145,7 @@ def linear_backward(
             part.outer(grad_RP, part.of_tokens(x) if by_token else part.of_copies(x), dw_EPD[part.experts])
     if dx_RD is None:
         return None, dw_EPD
-    return combine(dx_RD, rows) if by_token else at_copies(dx_RD, rows), dw_EPD
+    return combine(dx_RD, rows.position_NK) if by_token else at_copies(dx_RD, rows), dw_EPD
 
 
 def at_copies(y_RO: Tensor, rows: Layout) -> Tensor:
@@ -142,12 +153,12 @@ def at_copies(y_RO: Tensor, rows: Layout) -> Tensor:
     return y_RO.index_select(0, rows.position_NK.flatten())
 
 
-def combine(y_RO: Tensor, rows: Layout, weights_NK: Tensor | None = None) -> Tensor:
-    """`[N, O]`: the (weighted) sum over a token's copies, rounded once."""
+def combine(y_RO: Tensor, position_NK: Tensor, weights_NK: Tensor | None = None) -> Tensor:
+    """`[N, O]`: the (weighted) sum over a token's copies, each in its row, rounded once."""
     if weights_NK is None:
-        return F.embedding_bag(rows.position_NK, y_RO, mode="sum")
+        return F.embedding_bag(position_NK, y_RO, mode="sum")
     wide = torch.promote_types(y_RO.dtype, weights_NK.dtype)
-    weighted_NO = F.embedding_bag(rows.position_NK, y_RO.to(wide), mode="sum", per_sample_weights=weights_NK.to(wide))
+    weighted_NO = F.embedding_bag(position_NK, y_RO.to(wide), mode="sum", per_sample_weights=weights_NK.to(wide))
     return weighted_NO.to(y_RO.dtype)
 
 

@@ -6,7 +6,7 @@ product by itself; or in *slots*, as many for every expert as the busiest of the
 product, which two threads of a CPU share better than many small ones.
 
 Shapes: `N` tokens, `D` width, `E` experts (of a part: its own), `K` experts chosen per token, `S = N K` routed copies,
-`R` rows (of a part: its own), `P` and `O` widths of a product.
+`C` of a part, `R` rows (of a part: its own), `P` and `O` widths of a product.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,8 @@ from .routing import RoutingPlan
 
 # What is between the layers has at most about as many bytes in a part.
 BYTES = 2**21
+# Where few experts are to be left for the last part: two, which two threads share, of as many.
+EXPERTS_PER_TWO_LAST = 16
 # Slots may be this many times the copies; or, where at least half of the experts have a copy, this many per expert:
 # then a product takes as long as it takes to read the weights.
 SLOTS_PER_COPY = 2
@@ -36,21 +38,23 @@ class Part:
 
     Attributes:
         experts, rows: which of all.
+        copies: which of all in the plan's order.
         ends_E: where the copies of each expert end, counted from the part's first: int32.
         num_selected: `K`.
         slots: rows of each expert where all have as many, else None.
         copies_R: the copy that stands in each row; any in empty ones.
-        empty_R: numbers of the rows that no copy stands in, None where there are none.
+        real_C: of each copy the number of its row, None where every row has a copy.
         grouped: whether torch's grouped products compute it, where they can.
     """
 
     experts: slice
     rows: slice
+    copies: slice
     ends_E: Tensor
     num_selected: int
     slots: int | None
     copies_R: Tensor
-    empty_R: Tensor | None
+    real_C: Tensor | None
     grouped: bool = False
 
     def of_copies(self, x_SD: Tensor) -> Tensor:
@@ -97,6 +101,13 @@ class Part:
                 torch.sum(rows, 0, out=out_P)
 
     @cached_property
+    def _empty_R(self) -> Tensor:
+        """Numbers of the rows that no copy stands in."""
+        assert self.real_C is not None
+        real_R = torch.zeros(len(self.copies_R), dtype=torch.bool, device="cpu").index_fill_(0, self.real_C, True)
+        return real_R.logical_not_().nonzero().flatten()
+
+    @cached_property
     def tokens_R(self) -> Tensor:
         return self.copies_R // self.num_selected
 
@@ -125,7 +136,7 @@ class Part:
         return rows_RP.unflatten(0, (-1, self.slots))
 
     def _emptied(self, rows_RP: Tensor) -> Tensor:
-        return rows_RP if self.empty_R is None else rows_RP.index_fill_(0, self.empty_R, 0)
+        return rows_RP if self.real_C is None else rows_RP.index_fill_(0, self._empty_R, 0)
 
 
 @dataclass
@@ -151,41 +162,48 @@ class Layout:
         return rows_RP
 
 
-def lay_out(plan: RoutingPlan, row_bytes: int, slots: bool = True) -> Layout:
+def lay_out(plan: RoutingPlan, row_bytes: int, slots: bool = True, few_last: bool = False) -> Layout:
     """Chooses the parts, and for each slots or none.
 
     Args:
         plan: what is to be laid out.
         row_bytes: of a row between the layers, where it is widest.
         slots: False for rows in the plan's order. So they are on a GPU, in one part.
+        few_last: few experts are left for the last part. For a backward, which holds the most in the end, when the
+            gradients of all experts are there: then little else should be.
     """
-    if (row_bytes, slots) not in plan.layouts:
+    if (row_bytes, slots, few_last) not in plan.layouts:
         on_cpu = plan.order_S.device.type == "cpu"
-        plan.layouts[row_bytes, slots] = _in_parts(plan, row_bytes, slots) if on_cpu else in_one_part(plan)
-    return plan.layouts[row_bytes, slots]
+        found = _in_parts(plan, row_bytes, slots, few_last) if on_cpu else in_one_part(plan)
+        plan.layouts[row_bytes, slots, few_last] = found
+    return plan.layouts[row_bytes, slots, few_last]
 
 
-def _in_parts(plan: RoutingPlan, row_bytes: int, slots: bool) -> Layout:
+def _in_parts(plan: RoutingPlan, row_bytes: int, slots: bool, few_last: bool) -> Layout:
     counts = plan.counts_E.tolist()
-    chosen = _choose(counts, max(1, BYTES // max(1, row_bytes)), slots)
+    most = max(1, BYTES // max(1, row_bytes))
+    last = len(counts) - (2 * (len(counts) // EXPERTS_PER_TWO_LAST) if few_last else 0)
+    chosen = _choose(counts, 0, last, most, slots) + _choose(counts, last, len(counts), most, slots)
     rows_of_E = [n if slots is None else slots for first, stop, slots in chosen for n in counts[first:stop]]
-    starts = list(accumulate(rows_of_E, initial=0))
-    copies_R, position_S, real_R = plan.order_S[: plan.num_placed], plan.position_S, None
+    starts, ends = ([*accumulate(sizes, initial=0)] for sizes in (rows_of_E, counts))
+    copies_R, position_S, real_S = plan.order_S[: plan.num_placed], plan.position_S, None
     if starts[-1] > plan.num_placed:
-        starts_E1 = torch.tensor(starts, device="cpu")
-        experts_R = torch.repeat_interleave(torch.tensor(rows_of_E, device="cpu"))
-        nth_R = torch.arange(starts[-1], device="cpu") - starts_E1.index_select(0, experts_R)
-        real_R = nth_R < plan.counts_E.index_select(0, experts_R)
-        places_R = torch.where(real_R, plan.offsets.index_select(0, experts_R) + nth_R, 0)
-        copies_R = plan.order_S.index_select(0, places_R)
-        position_S = plan.position_S + (starts_E1 - plan.offsets).index_select(0, plan.indices_NK.flatten())
+        # How far the rows of each expert lie behind its copies in the plan's order.
+        behind_E1 = torch.tensor([start - end for start, end in zip(starts, ends, strict=True)], device="cpu")
+        real_S = behind_E1[:-1].repeat_interleave(plan.counts_E).add_(torch.arange(plan.num_placed, device="cpu"))
+        position_S = plan.position_S + behind_E1.index_select(0, plan.indices_NK.flatten())
+        copies_R = copies_R.new_zeros(starts[-1]).index_copy_(0, real_S, copies_R)
     parts = []
     for first, stop, slots_each in chosen:
-        rows = slice(starts[first], starts[stop])
-        empty_R = None if real_R is None else real_R[rows].logical_not().nonzero().flatten()
-        empty_R = None if empty_R is None or not len(empty_R) else empty_R
-        ends_E = torch.tensor(list(accumulate(counts[first:stop])), dtype=torch.int32, device="cpu")
-        parts.append(Part(slice(first, stop), rows, ends_E, plan.num_selected, slots_each, copies_R[rows], empty_R))
+        rows, copies = slice(starts[first], starts[stop]), slice(ends[first], ends[stop])
+        ends_E = torch.tensor(
+            [end - copies.start for end in ends[first + 1 : stop + 1]], dtype=torch.int32, device="cpu"
+        )
+        real_C = None
+        if real_S is not None and rows.stop - rows.start > copies.stop - copies.start:
+            real_C = real_S[copies] - rows.start
+        which = slice(first, stop), rows, copies
+        parts.append(Part(*which, ends_E, plan.num_selected, slots_each, copies_R[rows], real_C))
     nobodys = len(plan.order_S) - plan.num_placed
     return Layout(parts, position_S.view_as(plan.indices_NK), starts[-1] + nobodys, starts[-1])
 
@@ -193,16 +211,16 @@ def _in_parts(plan: RoutingPlan, row_bytes: int, slots: bool) -> Layout:
 def in_one_part(plan: RoutingPlan) -> Layout:
     """All experts together, for products that are one launch each."""
     experts, rows = slice(0, plan.num_experts), slice(0, plan.num_placed)
-    part = Part(experts, rows, plan.ends_E, plan.num_selected, None, plan.order_S[rows], None, grouped=True)
+    part = Part(experts, rows, rows, plan.ends_E, plan.num_selected, None, plan.order_S[rows], None, grouped=True)
     return Layout([part], plan.position_S.view_as(plan.indices_NK), len(plan.order_S), plan.num_placed)
 
 
-def _choose(counts: list[int], most: int, with_slots: bool) -> list[tuple[int, int, int | None]]:
+def _choose(counts: list[int], first: int, stop: int, most: int, with_slots: bool) -> list[tuple[int, int, int | None]]:
     """Of each part its first expert, the one after its last, and its slots; slots for `most` rows, or one expert."""
-    chosen, first, busiest = [], 0, 0
-    for expert, count in enumerate([*counts, 0]):
-        last = expert == len(counts)
-        if expert > first and (last or (expert + 1 - first) * max(busiest, count) > most):
+    chosen, busiest = [], 0
+    for expert, count in enumerate([*counts[first:stop], 0], start=first):
+        end = expert == stop
+        if expert > first and (end or (expert + 1 - first) * max(busiest, count) > most):
             slots = busiest if with_slots and _worth(counts[first:expert]) else None
             chosen.append((first, expert, slots))
             first, busiest = expert, 0

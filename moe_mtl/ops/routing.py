@@ -87,7 +87,7 @@ class RoutingPlan:
     position_S: Tensor
     offsets: Tensor
     # How its rows are laid out for products on a CPU, by `layout`: found in the forward, asked for in the backward.
-    layouts: dict[tuple[int, bool], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    layouts: dict[tuple[int, bool, bool], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_experts(self) -> int:

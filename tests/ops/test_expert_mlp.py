@@ -319,7 +319,7 @@ def test_what_is_kept_for_the_backward(backend: str, recompute: bool, activation
     assert sum(saved.values()) == (0 if recompute else rows * 48)
 
 
-def one_part(plan: RoutingPlan, row_bytes: int, slots: bool = True) -> layout.Layout:
+def one_part(plan: RoutingPlan, row_bytes: int, slots: bool = True, few_last: bool = False) -> layout.Layout:
     return layout.in_one_part(plan)
 
 
@@ -381,11 +381,18 @@ def test_slots_only_where_they_cost_little() -> None:
     assert [part.slots for part in layout.lay_out(make_plan(even.view(-1, 1), 64), 512, slots=False).parts] == [None]
 
 
-def test_parts_hold_a_few_neighbours_and_all_rows() -> None:
+@pytest.mark.parametrize("few_last", [False, True])
+def test_parts_hold_a_few_neighbours_and_all_rows(few_last: bool) -> None:
     indices_NK = torch.randint(0, 65, (4096, 2), generator=torch.Generator().manual_seed(0))
     plan = make_plan(indices_NK, 64)
     for slots in (True, False):
-        rows = layout.lay_out(plan, 4096, slots)
+        rows = layout.lay_out(plan, 4096, slots, few_last)
+        assert rows.parts[-1].experts.start >= 56 or not few_last
+        assert any(part.experts.stop == 56 for part in rows.parts) or not few_last
+        assert sum(part.experts.stop - part.experts.start for part in rows.parts) == 64
+        for part in rows.parts:
+            copies_C = part.copies_R if part.real_C is None else part.copies_R[part.real_C]
+            assert torch.equal(copies_C, plan.order_S[part.copies])
         assert [part.experts.start for part in rows.parts[1:]] == [part.experts.stop for part in rows.parts[:-1]]
         assert [part.rows.start for part in rows.parts[1:]] == [part.rows.stop for part in rows.parts[:-1]]
         assert all(part.rows.stop - part.rows.start <= layout.BYTES // 4096 for part in rows.parts)
@@ -556,6 +563,25 @@ def test_what_was_kept_is_freed_in_the_backward_unless_the_graph_is_kept(
     expert_mlp(**inputs, backend="grouped").sum().backward(retain_graph=keep_graph)
     assert len(kept) == (4 if DEVICE == "cpu" else 1)
     assert alive[-1] == (len(kept) if keep_graph else 0)  # the last step of the backward
+
+
+def test_what_a_part_makes_is_freed_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_tokens = layout.Part.of_tokens
+    made: list[tuple[int, weakref.ref[Tensor]]] = []
+
+    def noted(part: layout.Part, x_ND: Tensor) -> Tensor:
+        assert not [of for of, tensor in made if of != id(part) and tensor() is not None]
+        x_RD = of_tokens(part, x_ND)
+        made.append((id(part), weakref.ref(x_RD)))
+        return x_RD
+
+    monkeypatch.setattr(layout, "BYTES", 2**11)
+    inputs = {n: t.requires_grad_() if t.is_floating_point() else t for n, t in make(64, 16, 24, 4, 2).items()}
+    out_NO = expert_mlp(**inputs, backend="grouped")
+    made.clear()
+    monkeypatch.setattr(layout.Part, "of_tokens", noted)
+    out_NO.sum().backward()
+    assert len(made) == 8  # tokens and gradients of four parts
 
 
 def test_an_activation_with_parameters_is_refused() -> None:
