@@ -128,12 +128,13 @@ def run(options: Options, progress: Callable[[str], None] = lambda line: None) -
             rows.append(_row(dtype, shape, part, options))
             progress(f"{dtype} {shape} {part}: timed")
     if options.memory:
-        with process_that_gives_back() as pool:
-            for row in rows:
-                shape = tuple(row["shape"].values())
-                for name, peak in pool.submit(_peaks, row["dtype"], shape, row["part"], options).result().items():
-                    row["results"][name]["peak"] = peak
-                progress(f"{row['dtype']} {shape} {row['part']}: memory measured")
+        for row in rows:
+            shape = tuple(row["shape"].values())
+            with process_that_gives_back() as pool:
+                peaks = pool.submit(_peaks, row["dtype"], shape, row["part"], options).result()
+            for name, peak in peaks.items():
+                row["results"][name]["peak"] = peak
+            progress(f"{row['dtype']} {shape} {row['part']}: memory measured")
     result = {
         "bench": "kernels",
         "options": asdict(options),

@@ -1,6 +1,7 @@
 """The measurement of sparse experts at toy size: every contender does the same work."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from moe_mtl.bench import kernels
 from moe_mtl.bench.kernels import GRID, OURS, SMALL, TRANSFORMERS, Options, contenders, main
-from moe_mtl.bench.memory import peak_of_call
+from moe_mtl.bench.memory import peak_of_call, process_that_gives_back
 
 TOY = (4, 12, 8, 16, 2)
 
@@ -71,6 +72,13 @@ def test_the_least_bytes() -> None:
 def test_a_cpu_measures_the_small_shapes() -> None:
     assert Options(device="cpu").grid == list(SMALL)
     assert Options(device="cpu", shapes=(9,)).grid == [GRID[9]]
+
+
+def test_a_process_that_gives_back_is_told_so_when_it_starts() -> None:
+    before = dict(os.environ)
+    with process_that_gives_back() as pool:
+        assert pool.submit(os.getenv, "MALLOC_MMAP_THRESHOLD_").result() == "65536"
+    assert dict(os.environ) == before
 
 
 def test_peak_of_call() -> None:
