@@ -1,6 +1,7 @@
 """Models for tables folded for inference: the same answers in fewer products, and nothing else changes."""
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +167,21 @@ def test_half_precision_and_autocast(model_type: str, dtype: torch.dtype) -> Non
     for name, value in answers(folded.to(dtype).fold_for_inference(), halves).items():
         assert value.dtype == expected[name].dtype
         torch.testing.assert_close(value, expected[name], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("model_type", ["mmoe", "ple"])
+def test_a_copy_answers_by_its_own_parameters(model_type: str, copied: Any) -> None:
+    model = precise(model_type).fold_for_inference()
+    inputs = inputs_of(model)
+    before = answers(model, inputs)
+    other = copied(model)
+    for parameter in other.parameters():
+        parameter.data.mul_(0.5)
+    plain = precise(model_type)
+    for parameter in plain.parameters():
+        parameter.data.mul_(0.5)
+    expected = answers(plain, inputs)
+    for name, found in answers(other, inputs).items():
+        torch.testing.assert_close(found, expected[name], rtol=1e-9, atol=1e-10)
+    assert all(torch.equal(found, before[name]) for name, found in answers(model, inputs).items())
