@@ -32,11 +32,12 @@ class Joined:
             if type(module) not in (nn.Linear, nn.ParameterList):
                 raise ValueError(f"cannot fold a model with a layer of type {type(module).__name__}: merge it first")
         parameters = [getattr(module, name) for module in modules]
-        joined = torch.cat([parameter.detach() for parameter in parameters])
-        parts = joined.split([len(parameter) for parameter in parameters])
-        for module, parameter, part in zip(modules, parameters, parts, strict=True):
-            parameter.data = part
-            self._laid.append((module._parameters, name, parameter, part.data_ptr()))
+        with torch.inference_mode(False), torch.no_grad():  # else no gradient could ever reach them again
+            joined = torch.cat([parameter.detach() for parameter in parameters])
+            parts = joined.split([len(parameter) for parameter in parameters])
+            for module, parameter, part in zip(modules, parameters, parts, strict=True):
+                parameter.data = part
+                self._laid.append((module._parameters, name, parameter, part.data_ptr()))
         return joined
 
     def holds(self) -> bool:
@@ -64,3 +65,14 @@ class JoinedModel:
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
+
+
+def apart(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Hook of `state_dict`: what is a view of joined memory leaves as a copy.
+
+    What saves weights takes tensors of one memory for the same tensor, and leaves all but one out.
+    """
+    for name, tensor in state.items():
+        view = isinstance(tensor, Tensor) and tensor.untyped_storage().nbytes() > tensor.nbytes
+        if view and not isinstance(tensor, nn.Parameter):
+            state[name] = tensor.clone()

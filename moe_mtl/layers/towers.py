@@ -50,6 +50,8 @@ class JoinedTowers(Joined):
 
     def __init__(self, towers: Sequence[Any]):
         super().__init__()
+        if {type(tower) for tower in towers} != {MLP} or len({tower.activation for tower in towers}) > 1:
+            raise ValueError("cannot fold a model whose towers are not all MLPs of one activation")
         self.activation = towers[0].activation
         self.layers = [self._join(layers) for layers in zip(*(tower.layers for tower in towers), strict=True)]
         self.outputs = [tower.output for tower in towers]

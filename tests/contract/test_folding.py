@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 from moe_mtl.models import MultiTaskModel
@@ -107,6 +108,19 @@ def test_it_trains_saves_and_extracts_as_before(variant: str, tmp_path: Path) ->
     assert not torch.allclose(trained[task], before[task])
     for name, expected in answers(plain, inputs).items():
         torch.testing.assert_close(trained[name], expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("model_type", ["mmoe", "ple"])
+def test_what_saves_by_memory_saves_all_of_it(model_type: str, tmp_path: Path) -> None:
+    model = precise(model_type)
+    with torch.inference_mode():
+        model.fold_for_inference().fold_for_inference()
+    state = model.state_dict()
+    save_model(model, str(tmp_path / "model.safetensors"))
+    saved = load_file(tmp_path / "model.safetensors")
+    assert set(saved) == set(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in saved.items())
+    model(**inputs_of(model)).last_hidden_state.sum().backward()
 
 
 def exchange_a_layer(model: Any) -> None:
