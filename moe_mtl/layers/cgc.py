@@ -97,6 +97,9 @@ class JoinedCGCLevel(Joined):
     def __init__(self, level: CGCLevel, one_input: bool):
         super().__init__()
         banks: list[Any] = [level.experts[group] for group in (*level.groups, SHARED)]
+        gates_here = [level.gates[output] for output in level.sees]
+        if {type(part) for part in banks} != {ExpertBank} or {type(gate) for gate in gates_here} != {SoftmaxGate}:
+            raise ValueError("cannot fold experts or gates of a model's own: expected ExpertBank and SoftmaxGate")
         own, self.shared = banks[0], banks[-1]
         self.num_groups, self.num_specific, self.activation = len(level.groups), own.num_experts, own.activation
         layers = [str(layer) for layer in range(len(own.dims))]

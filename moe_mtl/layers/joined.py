@@ -20,7 +20,7 @@ class Joined:
     """
 
     def __init__(self) -> None:
-        self._laid: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter, int]] = []
+        self._laid: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter, int, tuple[int, ...]]] = []
 
     def lay(self, modules: Sequence[Any], name: str) -> Tensor:
         """Joins the parameter `name` of all `modules` along its first dimension; returns the joined memory.
@@ -37,12 +37,15 @@ class Joined:
             parts = joined.split([len(parameter) for parameter in parameters])
             for module, parameter, part in zip(modules, parameters, parts, strict=True):
                 parameter.data = part
-                self._laid.append((module._parameters, name, parameter, part.data_ptr()))
+                self._laid.append((module._parameters, name, parameter, part.data_ptr(), part.stride()))
         return joined
 
     def holds(self) -> bool:
         """Whether every parameter still lies where it was laid."""
-        return all(held.get(name) is known and known.data_ptr() == at for held, name, known, at in self._laid)
+        return all(
+            held.get(name) is known and known.data_ptr() == at and known.stride() == stride
+            for held, name, known, at, stride in self._laid
+        )
 
 
 class JoinedModel:
@@ -53,10 +56,13 @@ class JoinedModel:
 
     def __init__(self, model: nn.Module, steps: Sequence[Any], towers: Any):
         self.steps, self.towers = list(steps), towers
+        self._of_model = list(model.modules())
         self._tree = [(m._modules, name, child) for m in model.modules() for name, child in m._modules.items()]
 
     def holds(self) -> bool:
-        """Whether no module was exchanged and no parameter moved since."""
+        """Whether no module was exchanged and no parameter moved since, and none of them trains."""
+        if any(module.training for module in self._of_model):
+            return False
         together = all(held.get(name) is child for held, name, child in self._tree)
         return together and all(part.holds() for part in (*self.steps, self.towers))
 

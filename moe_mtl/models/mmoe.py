@@ -152,6 +152,8 @@ class JoinedMMoE(Joined):
     def __init__(self, trunk: MMoETrunk):
         super().__init__()
         self.experts, self.num_gates = trunk.experts, len(trunk.gates)
+        if {type(gate) for gate in trunk.gates.values()} != {SoftmaxGate}:
+            raise ValueError("cannot fold a model with gates of its own: expected SoftmaxGate")
         self.gates = self.lay([gate.linear for gate in trunk.gates.values()], "weight")
 
     def __call__(self, x_BD: Tensor) -> Tensor:

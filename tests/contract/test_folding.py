@@ -123,6 +123,22 @@ def test_what_saves_by_memory_saves_all_of_it(model_type: str, tmp_path: Path) -
     model(**inputs_of(model)).last_hidden_state.sum().backward()
 
 
+@pytest.mark.parametrize("model_type", ["mmoe", "ple"])
+def test_a_gate_of_its_own_is_refused(model_type: str) -> None:
+    model = precise(model_type)
+    gates = (model.trunk.levels[0] if model_type == "ple" else model.trunk).gates
+    gates["view"].__class__ = type("Warmer", (type(gates["view"]),), {})
+    with pytest.raises(ValueError, match="SoftmaxGate"):
+        model.fold_for_inference()
+
+
+def test_dropout_that_trains_strikes_in_a_folded_model_too() -> None:
+    model = zoo.variant_of("mmoe", dropout=0.5).double().eval().fold_for_inference()
+    model.towers.train()
+    inputs = inputs_of(model)
+    assert not torch.equal(answers(model, inputs)["price"], answers(model, inputs)["price"])
+
+
 def exchange_a_layer(model: Any) -> None:
     layer = model.towers["view"].layers[0]
     model.towers["view"].layers[0] = nn.Sequential(layer, nn.Hardtanh(-0.01, 0.01))
