@@ -56,6 +56,8 @@ class JoinedModel:
 
     def __init__(self, model: nn.Module, steps: Sequence[Any], towers: Any):
         self.steps, self.towers = list(steps), towers
+        if apart not in model._state_dict_hooks.values():
+            model.register_state_dict_post_hook(apart)
         self._of_model = list(model.modules())
         self._tree = [(m._modules, name, child) for m in model.modules() for name, child in m._modules.items()]
 

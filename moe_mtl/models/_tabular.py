@@ -18,7 +18,7 @@ from ..layers.experts import ACTIVATIONS, ExpertBank
 from ..layers.features import NUMERIC_EMBEDDINGS, POOLINGS, FeatureEncoder
 from ..layers.gates import DSelectKGate
 from ..layers.home import FeatureGate
-from ..layers.joined import Joined, JoinedModel, apart
+from ..layers.joined import Joined, JoinedModel
 from ..layers.towers import MLP, JoinedTowers
 from ..outputs import MultiTaskOutput, Routing
 from ..tasks import SHARED, UnknownTaskError, check_name, check_task_names
@@ -223,8 +223,6 @@ class TabularModel(MultiTaskModel):
         Raises:
             ValueError: a layer is no longer the model's own: an adapter, say.
         """
-        if apart not in self._state_dict_hooks.values():
-            self.register_state_dict_post_hook(apart)
         towers = JoinedTowers([self.towers[name] for name in self._tower_names])
         self._joined = JoinedModel(self, self.join_trunk(), towers)
         return self
