@@ -97,8 +97,8 @@ class JoinedCGCLevel(Joined):
     def __init__(self, level: CGCLevel, one_input: bool):
         super().__init__()
         banks: list[Any] = [level.experts[group] for group in (*level.groups, SHARED)]
-        gates_here = [level.gates[output] for output in level.sees]
-        if {type(part) for part in banks} != {ExpertBank} or {type(gate) for gate in gates_here} != {SoftmaxGate}:
+        gates: list[Any] = [level.gates[output] for output in level.sees]
+        if {type(bank) for bank in banks} != {ExpertBank} or {type(gate) for gate in gates} != {SoftmaxGate}:
             raise ValueError("cannot fold experts or gates of a model's own: expected ExpertBank and SoftmaxGate")
         own, self.shared = banks[0], banks[-1]
         self.num_groups, self.num_specific, self.activation = len(level.groups), own.num_experts, own.activation
@@ -121,9 +121,8 @@ class JoinedCGCLevel(Joined):
         tasks = [output for output in level.sees if output != SHARED]
         self.group_of = [level.groups.index(task) for task in tasks]
         self.num_seen = self.num_specific + self.shared.num_experts
-        gates = self.lay([level.gates[output].linear for output in level.sees], "weight")
-        self.task_gates = gates[: len(tasks) * self.num_seen]
-        self.shared_gate = gates[len(self.task_gates) :]
+        weights_of_gates = self.lay([gate.linear for gate in gates], "weight")
+        self.task_gates, self.shared_gate = weights_of_gates.tensor_split([len(tasks) * self.num_seen])
 
     def __call__(self, x: Tensor) -> Tensor:
         """Streams to mixtures: `[B, D]` that all share, or `[G + 1, B, D]`, `-> [T, B, H]`, or `[T + 1, B, H]` with the

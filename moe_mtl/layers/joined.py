@@ -58,14 +58,11 @@ class JoinedModel:
         self.steps, self.towers = list(steps), towers
         if apart not in model._state_dict_hooks.values():
             model.register_state_dict_post_hook(apart)
-        self._of_model = list(model.modules())
-        self._tree = [(m._modules, name, child) for m in model.modules() for name, child in m._modules.items()]
+        self._tree = [(m._modules, name, c) for m in model.modules() for name, c in m._modules.items() if c is not None]
 
     def holds(self) -> bool:
         """Whether no module was exchanged and no parameter moved since, and none of them trains."""
-        if any(module.training for module in self._of_model):
-            return False
-        together = all(held.get(name) is child for held, name, child in self._tree)
+        together = all(held.get(name) is child and not child.training for held, name, child in self._tree)
         return together and all(part.holds() for part in (*self.steps, self.towers))
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self | None:

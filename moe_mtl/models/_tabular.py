@@ -356,7 +356,7 @@ class TabularModel(MultiTaskModel):
         if not joined.steps:
             states = self.trunk(x, towers, False).states
             x = torch.stack([states[name] for name in towers])
-        return dict(zip(towers, joined.towers(x), strict=True)), x.transpose(0, 1)
+        return dict(zip(towers, joined.towers(x), strict=True)), x.transpose(0, 1).contiguous()
 
     def _task_losses(
         self, logits: Mapping[str, Tensor], labels: Mapping[str, Tensor], weights: Mapping[str, Tensor]

@@ -59,6 +59,7 @@ def test_a_folded_model_answers_the_same(variant: str, rows: int) -> None:
     assert model.fold_for_inference() is model
     after = answers(model, inputs)
     assert list(after) == list(before)
+    assert after["last_hidden_state"].is_contiguous()
     for name, expected in before.items():
         torch.testing.assert_close(
             after[name], expected, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
