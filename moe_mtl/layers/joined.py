@@ -26,12 +26,15 @@ class Joined:
         """Joins the parameter `name` of all `modules` along its first dimension; returns the joined memory.
 
         Raises:
-            ValueError: one of them does more than hold it: an adapter, a quantised or parametrised layer.
+            ValueError: one of them does more than hold it (an adapter, a quantised or parametrised layer), or they
+                differ in dtype or device.
         """
         for module in modules:
             if type(module) not in (nn.Linear, nn.ParameterList):
                 raise ValueError(f"cannot fold a model with a layer of type {type(module).__name__}: merge it first")
         parameters = [getattr(module, name) for module in modules]
+        if len({(parameter.dtype, parameter.device) for parameter in parameters}) > 1:
+            raise ValueError("cannot fold a model whose layers differ in dtype or device")
         with torch.inference_mode(False), torch.no_grad():  # else no gradient could ever reach them again
             joined = torch.cat([parameter.detach() for parameter in parameters])
             parts = joined.split([len(parameter) for parameter in parameters])

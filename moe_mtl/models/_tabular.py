@@ -215,7 +215,8 @@ class TabularModel(MultiTaskModel):
         """Lays the parameters of towers, gates and experts that work alike side by side in memory, in place.
 
         Without gradients the model then answers all its tasks in a few products instead of several per task: the same
-        outputs to rounding, sooner where rows are few and tasks are many. Names, files and training are as before.
+        outputs to rounding, sooner where rows are few and tasks are many. Names, files and training are as before,
+        but for the batch norms of experts: they are absorbed, and training goes on without them.
 
         It lasts until the model is moved, converted or altered, and copies do without; then the model answers as it did
         before, and may be folded again. Hooks and changed attributes of layers that answer together are not seen.

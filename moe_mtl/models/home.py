@@ -19,13 +19,14 @@ Shapes: `B` rows, `D` width of the encoded row, `H` expert output width.
 import copy
 from collections.abc import Sequence
 from dataclasses import field
-from typing import Any, Self
+from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from ..layers.home import HoMELayer, fold_batch_norms
+from ..layers.joined import Joined
 from ..tasks import SHARED
 from ._base import Reader, register
 from ._tabular import (
@@ -185,13 +186,9 @@ class HoMEForMultiTask(TabularModel):
     def build_trunk(self, input_dim: int) -> nn.Module:
         return HoMETrunk(self.config, input_dim)
 
-    def fold_for_inference(self) -> Self:
-        """Absorbs the experts' batch norms, in place, and joins the towers as every tabular model does; outputs in
-        evaluation mode stay the same to rounding.
-
-        Training afterwards goes on without the norms.
-        """
+    def join_trunk(self) -> list[Joined]:
+        """Absorbs the experts' batch norms, in place; training afterwards goes on without them."""
         fold_batch_norms(self)
         self.config = copy.deepcopy(self.config)  # other models may have been built from the same one
         self.config.batch_norm = False
-        return super().fold_for_inference()
+        return []

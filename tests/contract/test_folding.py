@@ -133,6 +133,19 @@ def test_a_gate_of_its_own_is_refused(model_type: str) -> None:
         model.fold_for_inference()
 
 
+@pytest.mark.parametrize("model_type", ["mmoe", "home"])
+def test_a_fold_that_is_refused_changes_nothing(model_type: str) -> None:
+    model = precise(model_type)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.towers["view"].float()
+    with pytest.raises(ValueError, match="differ in dtype"):
+        model.fold_for_inference()
+    after = model.double().state_dict()
+    assert set(after) == set(before)
+    for name, tensor in after.items():
+        torch.testing.assert_close(tensor, before[name], rtol=1e-6, atol=1e-7)
+
+
 def test_dropout_that_trains_strikes_in_a_folded_model_too() -> None:
     model = zoo.variant_of("mmoe", dropout=0.5).double().eval().fold_for_inference()
     model.towers.train()
