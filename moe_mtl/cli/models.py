@@ -16,13 +16,15 @@ def run(arguments: argparse.Namespace) -> None:
     from ..hub import zoo
 
     found = [_row(name, folder) for name, folder in zoo().items()]
-    types, methods = _types(), _methods()
     if arguments.json:
-        print_json({"models": found, "types": types, "methods": methods})
+        print_json({"models": found, "types": _types(), "methods": _methods()})
         return
-    print(f"Models of the zoo, for from_pretrained and every command that takes a MODEL:\n\n{table(found)}\n")
-    print(f"Model types, for model.type of a recipe:\n\n{table(types)}\n")
-    print(f"Methods on a language model, for model.adapter.method of a recipe:\n\n{table(methods)}")
+    # At once: for what follows everything is imported, which takes seconds.
+    print(
+        f"Models of the zoo, for from_pretrained and every command that takes a MODEL:\n\n{table(found)}\n", flush=True
+    )
+    print(f"Model types, for model.type of a recipe:\n\n{table(_types())}\n", flush=True)
+    print(f"Methods on a language model, for model.adapter.method of a recipe:\n\n{table(_methods())}")
 
 
 def _row(name: str, folder: Path) -> dict[str, Any]:
