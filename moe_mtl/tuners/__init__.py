@@ -8,9 +8,10 @@ import importlib
 import pkgutil
 
 from ._balance import BalanceRanks
-from ._base import METHODS, RankConfig, RankTuner
+from ._base import METHODS, RankConfig
 from ._count import Count, count
 from ._export import extract_task, load_adapter
+from ._tuner import RankTuner
 
 for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("_"):

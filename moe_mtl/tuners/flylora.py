@@ -14,7 +14,8 @@ from typing import ClassVar
 import torch
 
 from ._balance import BalancedAdapter, BalancedConfig
-from ._base import register, up_projection
+from ._base import up_projection
+from ._tuner import register
 
 NORMS = ("paper", "unit")
 

@@ -17,7 +17,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from ._base import RankAdapter, RankConfig, RankLayer, at_least_float32, down_projection, register, up_projection
+from ._base import RankAdapter, RankConfig, RankLayer, at_least_float32, down_projection, up_projection
+from ._tuner import register
 
 
 class LoRI(RankAdapter):

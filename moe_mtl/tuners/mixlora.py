@@ -34,9 +34,9 @@ from ._base import (
     Record,
     at_least_float32,
     down_projection,
-    register,
     up_projection,
 )
+from ._tuner import register
 
 WHY_NOT_MERGED = "a router chooses its experts token by token"
 # The parts of feed-forward blocks, by name: gate (or none), up, down, activation. They must be all that a block holds.

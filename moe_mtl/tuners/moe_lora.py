@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ._base import RankAdapter, RankConfig, at_least_float32, down_projection, register, up_projection
+from ._base import RankAdapter, RankConfig, at_least_float32, down_projection, up_projection
+from ._tuner import register
 
 
 class MoELora(RankAdapter):

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..ops import expert_combine, expert_linear, make_plan
 from ..ops.runs import run_pairs
-from ._base import SCALINGS, RankAdapter, RankConfig, at_least_float32, down_projection, register, up_projection
+from ._base import SCALINGS, RankAdapter, RankConfig, at_least_float32, down_projection, up_projection
+from ._tuner import register
 
 # Of runs shorter than the ranks, as tasks per token are, the gathered matrices are more than the tokens themselves. Yet
 # of a few tokens, as in generation, nothing is faster.

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ._balance import BalancedAdapter, BalancedConfig
-from ._base import at_least_float32, down_projection, register, up_projection
+from ._base import at_least_float32, down_projection, up_projection
+from ._tuner import register
 
 SCORES = ("sigmoid", "softmax")
 

@@ -16,7 +16,8 @@ from moe_mtl.bench.tuners import ASKED, PEERS, TARGETS, Options, adapted, base_m
 from moe_mtl.cli import main as command
 from moe_mtl.ops import expert_linear, make_plan
 from moe_mtl.tuners import METHODS, RankConfig
-from moe_mtl.tuners._base import RankAdapter, RankLayer, RankTuner
+from moe_mtl.tuners._base import RankAdapter, RankLayer
+from moe_mtl.tuners._tuner import RankTuner
 
 NAMES = [str(name) for name in METHODS.values()]
 BY_TASK = [str(name) for config, name in METHODS.items() if config.adapter_class.by_task]

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from upstream import testing_common
 
-from moe_mtl.tuners import METHODS, RankConfig, _base
+from moe_mtl.tuners import METHODS, RankConfig, _tuner
 from moe_mtl.tuners._tasks import CurrentTasks
 
 TASKS = ["sql", "chat"]
@@ -63,7 +63,7 @@ class TaskChosen(CurrentTasks):
         self.always_preference = [0.25, 0.75]
 
 
-_base.CurrentTasks = TaskChosen  # type: ignore[misc]
+_tuner.CurrentTasks = TaskChosen  # type: ignore[misc]
 
 
 class CommonTests(testing_common.PeftCommonTester):
