@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import Activation, activate, activate_backward
-from .layout import Layout, Part, lay_out
+from .layout import Layout, Part, batches_turned, lay_out
 from .routing import RoutingPlan
 from .weights import ExpertWeights, PerInput, gradient_of, no_gradients
 
@@ -24,8 +24,7 @@ def forward(
     in_graph: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """`[N, O]`, and where `keep` what enters the activation: part by part, in a graph `[S, P]` as a whole."""
-    # In single precision the forward's products are one by one: see `Part`.
-    slots = _may_have_slots(activation, in_graph) and (keep or x_ND.dtype != torch.float32)
+    slots = _may_have_slots(activation, in_graph) and (keep or batches_turned(x_ND.dtype))
     rows = lay_out(plan, w.wide * x_ND.itemsize, slots, few_last=keep)
     if plan.num_placed < len(plan.order_S):  # whatever weight a copy for nobody has, it adds nothing
         weights_NK = weights_NK.masked_fill(plan.indices_NK == plan.num_experts, 0)

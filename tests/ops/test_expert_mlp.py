@@ -326,7 +326,7 @@ def one_part(plan: RoutingPlan, row_bytes: int, slots: bool = True, few_last: bo
 @pytest.mark.parametrize("nobody", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("laid_out", ["slots", "slots of two parts", "no slots", "one part"])
+@pytest.mark.parametrize("laid_out", ["slots", "slots, turned", "slots of two parts", "no slots", "one part"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
 )
@@ -343,6 +343,9 @@ def test_every_layout_of_the_rows(
     monkeypatch.setattr(layout, "BYTES", 64 * 16 * dtype.itemsize if laid_out == "slots of two parts" else 2**20)
     monkeypatch.setattr(layout, "FREE_SLOTS", 0 if laid_out == "no slots" else 10**6)
     monkeypatch.setattr(layout, "SLOTS_PER_COPY", 0)
+    turned = laid_out == "slots, turned" or dtype != torch.float32  # as a processor with AVX-512, or without
+    for module in (layout, grouped):
+        monkeypatch.setattr(module, "batches_turned", lambda dtype: turned)
     if laid_out == "one part":
         monkeypatch.setattr(grouped, "lay_out", one_part)
     for width, hidden in ((16, 8), (5, 3)):
