@@ -164,7 +164,8 @@ def combine(y_RO: Tensor, position_NK: Tensor, weights_NK: Tensor | None = None)
 def _first_layer(x_RD: Tensor, w: ExpertWeights, part: Part, out_RP: Tensor | None = None) -> Tensor:
     out_RP = x_RD.new_empty(len(x_RD), w.wide) if out_RP is None else out_RP
     layers = [(w.up_EPD, w.b_up_EP)] if w.gate_EHD is None else [(w.gate_EHD, w.b_gate_EH), (w.up_EPD, w.b_up_EP)]
-    for (weight, bias), y in zip(layers, out_RP.chunk(len(layers), dim=1), strict=True):
+    outs = [out_RP] if w.gate_EHD is None else out_RP.chunk(2, dim=1)
+    for (weight, bias), y in zip(layers, outs, strict=True):
         part.product(x_RD, weight[part.experts].transpose(1, 2), y)
         if bias is not None:
             y += part.of_experts(bias)

@@ -11,7 +11,7 @@ Shapes: `N` tokens, `D` width, `E` experts (of a part: its own), `K` experts cho
 
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -142,7 +142,7 @@ class Part:
         return rows_RP.split(self._sizes)[:: 1 if self.slots is None else 2]
 
     def _by_expert(self, rows_RP: Tensor) -> Tensor:
-        return rows_RP.unflatten(0, (-1, self.slots))
+        return rows_RP.view(len(self.ends_E), -1, rows_RP.shape[1])
 
     def _emptied(self, rows_RP: Tensor) -> Tensor:
         return rows_RP if self.real_C is None else rows_RP.index_fill_(0, self._empty_R, 0)
@@ -189,19 +189,22 @@ def lay_out(plan: RoutingPlan, row_bytes: int, slots: bool = True, few_last: boo
 
 
 def _in_parts(plan: RoutingPlan, row_bytes: int, slots: bool, few_last: bool) -> Layout:
-    counts = plan.counts_E.tolist()
+    ends = plan.offsets.tolist()
+    counts = [end - start for start, end in pairwise(ends)]
     most = max(1, BYTES // max(1, row_bytes))
     last = len(counts) - (2 * (len(counts) // EXPERTS_PER_TWO_LAST) if few_last else 0)
     chosen = _choose(counts, 0, last, most, slots) + _choose(counts, last, len(counts), most, slots)
     rows_of_E = [n if slots is None else slots for first, stop, slots in chosen for n in counts[first:stop]]
-    starts, ends = ([*accumulate(sizes, initial=0)] for sizes in (rows_of_E, counts))
-    copies_R, position_S, real_S = plan.order_S[: plan.num_placed], plan.position_S, None
+    starts = [*accumulate(rows_of_E, initial=0)]
+    nobodys = len(plan.order_S) - plan.num_placed
+    copies_R, position_S, real_S = plan.order_S, plan.position_S, None
     if starts[-1] > plan.num_placed:
         # How far the rows of each expert lie behind its copies in the plan's order.
         behind_E1 = torch.tensor([start - end for start, end in zip(starts, ends, strict=True)], device="cpu")
-        real_S = behind_E1[:-1].repeat_interleave(plan.counts_E).add_(torch.arange(plan.num_placed, device="cpu"))
         position_S = plan.position_S + behind_E1.index_select(0, plan.indices_NK.flatten())
-        copies_R = copies_R.new_zeros(starts[-1]).index_copy_(0, real_S, copies_R)
+        copies_R = copies_R.new_zeros(starts[-1] + nobodys)
+        copies_R.scatter_(0, position_S, torch.arange(len(position_S), device="cpu"))
+        real_S = position_S.index_select(0, plan.order_S)
     parts = []
     for first, stop, slots_each in chosen:
         rows, copies = slice(starts[first], starts[stop]), slice(ends[first], ends[stop])
@@ -213,7 +216,6 @@ def _in_parts(plan: RoutingPlan, row_bytes: int, slots: bool, few_last: bool) ->
             real_C = real_S[copies] - rows.start
         which = slice(first, stop), rows, copies
         parts.append(Part(*which, ends_E, plan.num_selected, slots_each, copies_R[rows], real_C))
-    nobodys = len(plan.order_S) - plan.num_placed
     return Layout(parts, position_S.view_as(plan.indices_NK), starts[-1] + nobodys, starts[-1])
 
 

@@ -159,9 +159,9 @@ def make_plan(indices_NK: Tensor, num_experts: int, backend: Backend = "torch") 
     flat_S = indices_NK.flatten()
     if flat_S.device.type == "cpu":
         if not torch.compiler.is_compiling() and flat_S.numel():
-            low, high = flat_S.aminmax()
+            low, high = (int(bound) for bound in flat_S.aminmax())
             if low < 0 or high > num_experts:
-                raise ValueError(f"indices: expected numbers in [0, {num_experts}], found {int(low)} to {int(high)}")
+                raise ValueError(f"indices: expected numbers in [0, {num_experts}], found {low} to {high}")
     else:
         indices_NK = torch.where((indices_NK < 0) | (indices_NK > num_experts), num_experts, indices_NK)
         flat_S = indices_NK.flatten()
@@ -170,7 +170,7 @@ def make_plan(indices_NK: Tensor, num_experts: int, backend: Backend = "torch") 
 
         return RoutingPlan(indices_NK, *triton_routing.plan(flat_S, num_experts))
     sorted_S, order_S = flat_S.sort(stable=True)
-    position_S = torch.empty_like(order_S)
-    position_S[order_S] = torch.arange(order_S.shape[0], device=order_S.device)
+    place_S = torch.arange(order_S.shape[0], device=order_S.device)
+    position_S = torch.empty_like(order_S).scatter_(0, order_S, place_S)
     bounds = torch.arange(num_experts + 1, device=flat_S.device, dtype=flat_S.dtype)
     return RoutingPlan(indices_NK, order_S, position_S, torch.searchsorted(sorted_S, bounds))
