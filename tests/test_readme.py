@@ -30,6 +30,7 @@ SKIPPED = {
 # What is added to a command so that it takes seconds.
 SMALLER = {
     "moe-mtl train word-edits/mtl-lora": "--train.max_steps 2 --train.eval_steps 2 --eval.splits [test]",
+    "moe-mtl train word-edits/lora": "--train.max_steps 2 --train.eval_steps 2 --eval.splits [test]",
     "moe-mtl train photo-tiles/m3vit": "--train.max_steps 2 --train.epochs null --data.max_tiles 2 --data.stride 64",
     "moe-mtl train": "--train.epochs 1 --model.num_experts 2 --model.expert_dims [4]",
     "moe-mtl bench synthetic": "--draws 2 --rows 256 --learning-rates 1e-3",

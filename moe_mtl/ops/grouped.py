@@ -80,13 +80,17 @@ def backward(
             if w.b_down_EO is not None:
                 bias_RO = part.of_experts(w.b_down_EO)
                 dweights_R1[part.rows] += (bias_RO * grad_RO).sum(-1, keepdim=True, dtype=wide)
-        if needs.down:
-            weighted_RH = torch.mul(h_RH, weights_R1, out=dh_RH)
+        weighted_RH = torch.mul(h_RH, weights_R1, out=dh_RH) if needs.down else None
+        del pre_RP, dh_RH, h_RH
+        of_first_layer(part, x_RD, dpre_RP)
+        del x_RD, dpre_RP
+        # The peak of memory is where the last gradient is written: this one needs the least beside it.
+        if weighted_RH is not None:
             part.outer(grad_RO, weighted_RH, gradient_of(found, "down", w.down_EOH)[part.experts])
-            del weighted_RH
         if needs.b_down:
             part.sums(grad_RO.mul_(weights_R1), gradient_of(found, "b_down", w.b_down_EO)[part.experts])
-        del pre_RP, grad_RO, dh_RH, h_RH  # what follows, the widest gradients, is the peak of memory
+
+    def of_first_layer(part: Part, x_RD: Tensor, dpre_RP: Tensor) -> None:
         dup_RP = dpre_RP
         if w.gate_EHD is not None:
             dgate_RH, dup_RP = dpre_RP.chunk(2, dim=1)
