@@ -34,11 +34,17 @@ SLOTS_PER_COPY_OF_MANY = 1.1
 
 @cache
 def batches_turned(dtype: torch.dtype) -> bool:
-    """Whether the batched product of a CPU is fast with matrices that are turned too.
+    """Whether a CPU's batched product is fast with turned matrices too, as the forward's are.
 
-    In single precision MKL's is slower than one product after the other where there is AVX-512, and faster elsewhere.
+    In single precision it was slower than one product after the other with AVX-512, and faster with AVX2.
     """
-    return dtype != torch.float32 or "AVX512" not in torch.backends.cpu.get_cpu_capability()
+    return dtype != torch.float32 or torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+@cache
+def is_emulated(dtype: torch.dtype) -> bool:
+    """Whether the CPU computes products of half precision in software: then every row counts, empty ones too."""
+    return dtype in (torch.float16, torch.bfloat16) and "AVX512" not in torch.backends.cpu.get_cpu_capability()
 
 
 @dataclass

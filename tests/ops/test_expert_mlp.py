@@ -346,6 +346,7 @@ def test_every_layout_of_the_rows(
     turned = laid_out == "slots, turned" or dtype != torch.float32  # as a processor with AVX-512, or without
     for module in (layout, grouped):
         monkeypatch.setattr(module, "batches_turned", lambda dtype: turned)
+    monkeypatch.setattr(grouped, "is_emulated", lambda dtype: False)
     if laid_out == "one part":
         monkeypatch.setattr(grouped, "lay_out", one_part)
     for width, hidden in ((16, 8), (5, 3)):
@@ -382,6 +383,40 @@ def test_slots_only_where_they_cost_little() -> None:
     assert slots(torch.zeros(1, dtype=torch.int64), 8) == [None]
     assert slots(torch.tensor([0, 1, 2, 3]), 8) == [1]
     assert [part.slots for part in layout.lay_out(make_plan(even.view(-1, 1), 64), 512, slots=False).parts] == [None]
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "turned", "emulated"),
+    [
+        ("AVX512", torch.float32, False, False),
+        ("AVX2", torch.float32, True, False),
+        ("DEFAULT", torch.float32, False, False),
+        ("AVX512", torch.bfloat16, True, False),
+        ("AVX2", torch.bfloat16, True, True),
+        ("AVX2", torch.float64, True, False),
+    ],
+)
+def test_what_is_fast_depends_on_the_processor(
+    capability: str, dtype: torch.dtype, turned: bool, emulated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert layout.batches_turned.__wrapped__(dtype) is turned
+    assert layout.is_emulated.__wrapped__(dtype) is emulated
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_empty_rows_where_every_row_counts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = on_device(make(40, 16, 8, 4, 2), dtype)
+    counts = make_plan(inputs["indices_NK"], 4).counts_E
+    assert counts.unique().numel() > 1  # slots would have empty rows
+    rows = []
+    product = layout.Part.product
+    monkeypatch.setattr(layout.Part, "product", lambda part, x, *rest: rows.append(len(x)) or product(part, x, *rest))
+    for emulated, least in ((True, 80), (False, 4 * int(counts.max()))):
+        monkeypatch.setattr(grouped, "is_emulated", lambda dtype, emulated=emulated: emulated)
+        rows.clear()
+        with_gradients(lambda **t: expert_mlp(**t, backend="grouped"), inputs)
+        assert set(rows) == {least}
 
 
 @pytest.mark.parametrize("few_last", [False, True])
