@@ -622,6 +622,29 @@ def test_what_a_part_makes_is_freed_before_the_next(monkeypatch: pytest.MonkeyPa
     assert len(made) == 8  # tokens and gradients of four parts
 
 
+def test_the_last_gradient_of_a_part_is_written_where_little_else_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_tokens, outer = layout.Part.of_tokens, layout.Part.outer
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+
+    def noted(part: layout.Part, x_ND: Tensor) -> Tensor:
+        x_RD = of_tokens(part, x_ND)
+        made.append(weakref.ref(x_RD))
+        return x_RD
+
+    def noted_outer(part: layout.Part, *operands: Tensor) -> None:
+        alive.append(made[-2]() is not None)  # the part's tokens; its gradients of outputs were made after them
+        outer(part, *operands)
+
+    monkeypatch.setattr(layout, "BYTES", 2**11)
+    inputs = {n: t.requires_grad_() if t.is_floating_point() else t for n, t in make(64, 16, 24, 4, 2).items()}
+    out_NO = expert_mlp(**inputs, backend="grouped")
+    monkeypatch.setattr(layout.Part, "of_tokens", noted)
+    monkeypatch.setattr(layout.Part, "outer", noted_outer)
+    out_NO.sum().backward()
+    assert alive == [True, False] * 4  # of the first layer, of the second
+
+
 def test_an_activation_with_parameters_is_refused() -> None:
     inputs = make(5, 8, 4, 3, 1, "gelu")
     with pytest.raises(ValueError, match="activation: expected one without parameters to train"):
