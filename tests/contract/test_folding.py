@@ -133,9 +133,9 @@ def test_a_gate_of_its_own_is_refused(model_type: str) -> None:
         model.fold_for_inference()
 
 
-@pytest.mark.parametrize("model_type", ["mmoe", "home"])
-def test_a_fold_that_is_refused_changes_nothing(model_type: str) -> None:
-    model = precise(model_type)
+@pytest.mark.parametrize("variant", ["mmoe", "home-batch_norm=True"])
+def test_a_fold_that_is_refused_changes_nothing(variant: str) -> None:
+    model = precise(variant)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.towers["view"].float()
     with pytest.raises(ValueError, match="differ in dtype"):
