@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import Activation, activate, activate_backward
-from .layout import Layout, Part, batches_turned, is_emulated, lay_out
+from .layout import Layout, Part, batches_turned, lay_out
 from .routing import RoutingPlan
 from .weights import ExpertWeights, PerInput, gradient_of, no_gradients
 
@@ -24,8 +24,8 @@ def forward(
     in_graph: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """`[N, O]`, and where `keep` what enters the activation: part by part, in a graph `[S, P]` as a whole."""
-    slots = _may_have_slots(activation, in_graph, x_ND) and (keep or batches_turned(x_ND.dtype))
-    rows = lay_out(plan, w.wide * x_ND.itemsize, slots, few_last=keep)
+    slots = _may_have_slots(activation, in_graph) and (keep or batches_turned(x_ND.dtype))
+    rows = lay_out(plan, w.wide, x_ND.dtype, slots, few_last=keep)
     if plan.num_placed < len(plan.order_S):  # whatever weight a copy for nobody has, it adds nothing
         weights_NK = weights_NK.masked_fill(plan.indices_NK == plan.num_experts, 0)
     y_RO = rows.empty(w.down_EOH.shape[1], x_ND)
@@ -54,7 +54,7 @@ def backward(
     in_graph: bool = False,
 ) -> PerInput[Tensor | None]:
     """Gradients of what `needs` asks for; what was not kept is computed again. Frees `kept` on the way."""
-    rows = lay_out(plan, w.wide * x_ND.itemsize, _may_have_slots(activation, in_graph, x_ND), few_last=True)
+    rows = lay_out(plan, w.wide, x_ND.dtype, _may_have_slots(activation, in_graph), few_last=True)
     weights_S1 = weights_NK.reshape(-1, 1)
     wide = torch.promote_types(x_ND.dtype, torch.float32)
     dx_SD = None
@@ -119,14 +119,14 @@ def backward(
     return found
 
 
-def _may_have_slots(activation: str | Activation, in_graph: bool, x_ND: Tensor) -> bool:
+def _may_have_slots(activation: str | Activation, in_graph: bool) -> bool:
     """A graph must know the number of rows; and an empty slot's zeros may be what a function is not defined for."""
-    return not in_graph and isinstance(activation, str) and not is_emulated(x_ND.dtype)
+    return not in_graph and isinstance(activation, str)
 
 
 def linear_forward(x: Tensor, w_EPD: Tensor, plan: RoutingPlan, by_token: bool) -> Tensor:
     """`[S, P]` at copies, from the row of each copy or of its token; 0 for nobody."""
-    rows = lay_out(plan, w_EPD.shape[1] * x.itemsize, slots=not is_emulated(x.dtype))
+    rows = lay_out(plan, w_EPD.shape[1], x.dtype)
     y_RP = rows.empty(w_EPD.shape[1], x)
     for part in rows.parts:
         x_RD = part.of_tokens(x) if by_token else part.of_copies(x)
@@ -137,7 +137,7 @@ def linear_forward(x: Tensor, w_EPD: Tensor, plan: RoutingPlan, by_token: bool) 
 def linear_backward(
     grad_SP: Tensor, x: Tensor, w_EPD: Tensor, plan: RoutingPlan, by_token: bool, needs_x: bool, needs_w: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    rows = lay_out(plan, w_EPD.shape[1] * x.itemsize, slots=not is_emulated(x.dtype))
+    rows = lay_out(plan, w_EPD.shape[1], x.dtype)
     dx_RD = rows.empty(w_EPD.shape[2], x) if needs_x else None
     dw_EPD = w_EPD.new_empty(w_EPD.shape) if needs_w else None
     for part in rows.parts:

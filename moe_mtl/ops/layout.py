@@ -177,21 +177,21 @@ class Layout:
         return rows_RP
 
 
-def lay_out(plan: RoutingPlan, row_bytes: int, slots: bool = True, few_last: bool = False) -> Layout:
+def lay_out(plan: RoutingPlan, width: int, dtype: torch.dtype, slots: bool = True, few_last: bool = False) -> Layout:
     """Chooses the parts, and for each slots or none.
 
     Args:
         plan: what is to be laid out.
-        row_bytes: of a row between the layers, where it is widest.
+        width, dtype: of a row between the layers, where it is widest.
         slots: False for rows in the plan's order. So they are on a GPU, in one part.
         few_last: few experts are left for the last part. For a backward, which holds the most in the end, when the
             gradients of all experts are there: then little else should be.
     """
-    if (row_bytes, slots, few_last) not in plan.layouts:
+    key = width * dtype.itemsize, slots and not is_emulated(dtype), few_last
+    if key not in plan.layouts:
         on_cpu = plan.order_S.device.type == "cpu"
-        found = _in_parts(plan, row_bytes, slots, few_last) if on_cpu else in_one_part(plan)
-        plan.layouts[row_bytes, slots, few_last] = found
-    return plan.layouts[row_bytes, slots, few_last]
+        plan.layouts[key] = _in_parts(plan, *key) if on_cpu else in_one_part(plan)
+    return plan.layouts[key]
 
 
 def _in_parts(plan: RoutingPlan, row_bytes: int, slots: bool, few_last: bool) -> Layout:

@@ -319,7 +319,7 @@ def test_what_is_kept_for_the_backward(backend: str, recompute: bool, activation
     assert sum(saved.values()) == (0 if recompute else rows * 48)
 
 
-def one_part(plan: RoutingPlan, row_bytes: int, slots: bool = True, few_last: bool = False) -> layout.Layout:
+def one_part(plan: RoutingPlan, *_: object, **__: object) -> layout.Layout:
     return layout.in_one_part(plan)
 
 
@@ -346,7 +346,7 @@ def test_every_layout_of_the_rows(
     turned = laid_out == "slots, turned" or dtype != torch.float32  # as a processor with AVX-512, or without
     for module in (layout, grouped):
         monkeypatch.setattr(module, "batches_turned", lambda dtype: turned)
-    monkeypatch.setattr(grouped, "is_emulated", lambda dtype: False)
+    monkeypatch.setattr(layout, "is_emulated", lambda dtype: False)
     if laid_out == "one part":
         monkeypatch.setattr(grouped, "lay_out", one_part)
     for width, hidden in ((16, 8), (5, 3)):
@@ -361,7 +361,7 @@ def test_every_layout_of_the_rows(
                 if whole in inputs:
                     inputs[half], inputs[whole] = inputs[whole].chunk(2, dim=1)
                     expected[half], expected[whole] = expected[whole].chunk(2, dim=1)
-        parts = grouped.lay_out(make_plan(inputs["indices_NK"], 4), 2 * hidden * dtype.itemsize).parts
+        parts = grouped.lay_out(make_plan(inputs["indices_NK"], 4), 2 * hidden, dtype).parts
         assert any(part.slots is not None for part in parts) == laid_out.startswith("slots")
         assert (len(parts) > 1) == (laid_out == "slots of two parts" and width == 16)
         found = with_gradients(lambda **t: expert_mlp(**t, backend="grouped"), on_device(inputs, dtype))
@@ -369,12 +369,15 @@ def test_every_layout_of_the_rows(
 
 
 def test_slots_only_where_they_cost_little() -> None:
-    def slots(indices: Tensor, experts: int, row_bytes: int = 1024) -> list[int | None]:
-        return [part.slots for part in layout.lay_out(make_plan(indices.view(-1, 1), experts), row_bytes).parts]
+    def slots(indices: Tensor, experts: int, width: int = 256) -> list[int | None]:
+        return [part.slots for part in layout.lay_out(plan_of(indices, experts), width, torch.float32).parts]
+
+    def plan_of(indices: Tensor, experts: int) -> RoutingPlan:
+        return make_plan(indices.view(-1, 1), experts)
 
     even = torch.arange(4096) % 64
     assert slots(even, 64) == [64, 64]  # two parts of 2,048 rows
-    assert slots(even, 64, 512) == [64]
+    assert slots(even, 64, 128) == [64]
     # All copies to one expert; half of them to one, whose part is its own; nobody here has any.
     assert slots(torch.zeros(4096, dtype=torch.int64), 64) == [None, None]
     assert slots(torch.where(torch.arange(4096) < 2048, 5, even), 64) == [32, None, 32]
@@ -382,7 +385,7 @@ def test_slots_only_where_they_cost_little() -> None:
     # One token in eight experts: slots would read them all.
     assert slots(torch.zeros(1, dtype=torch.int64), 8) == [None]
     assert slots(torch.tensor([0, 1, 2, 3]), 8) == [1]
-    assert [part.slots for part in layout.lay_out(make_plan(even.view(-1, 1), 64), 512, slots=False).parts] == [None]
+    assert [part.slots for part in layout.lay_out(plan_of(even, 64), 128, torch.float32, slots=False).parts] == [None]
 
 
 @pytest.mark.parametrize(
@@ -413,7 +416,7 @@ def test_no_empty_rows_where_every_row_counts(dtype: torch.dtype, monkeypatch: p
     product = layout.Part.product
     monkeypatch.setattr(layout.Part, "product", lambda part, x, *rest: rows.append(len(x)) or product(part, x, *rest))
     for emulated, least in ((True, 80), (False, 4 * int(counts.max()))):
-        monkeypatch.setattr(grouped, "is_emulated", lambda dtype, emulated=emulated: emulated)
+        monkeypatch.setattr(layout, "is_emulated", lambda dtype, emulated=emulated: emulated)
         rows.clear()
         with_gradients(lambda **t: expert_mlp(**t, backend="grouped"), inputs)
         assert set(rows) == {least}
@@ -424,7 +427,7 @@ def test_parts_hold_a_few_neighbours_and_all_rows(few_last: bool) -> None:
     indices_NK = torch.randint(0, 65, (4096, 2), generator=torch.Generator().manual_seed(0))
     plan = make_plan(indices_NK, 64)
     for slots in (True, False):
-        rows = layout.lay_out(plan, 4096, slots, few_last)
+        rows = layout.lay_out(plan, 1024, torch.float32, slots, few_last)
         assert rows.parts[-1].experts.start >= 56 or not few_last
         assert any(part.experts.stop == 56 for part in rows.parts) or not few_last
         assert sum(part.experts.stop - part.experts.start for part in rows.parts) == 64
