@@ -25,7 +25,7 @@ def infer_features(
 
     The rule, from the first `rows` rows:
 
-    - no value, or only one: left out;
+    - no name (the index that pandas writes), no value, or only one: left out;
     - lists: multi-hot;
     - booleans: categorical;
     - whole numbers (a text column of nothing but numbers counts as numbers): categorical with up to 32 distinct
@@ -42,8 +42,8 @@ def infer_features(
     features: list[dict[str, Any]] = []
     notes: list[str] = []
     for name, column in _head(source, names, rows).items():
-        kind, why = _kind(column, missing_values, name)
-        notes.append(f"{name}: {kind or 'left out'} ({why})")
+        kind, why = _kind(column, missing_values, name) if name else (None, "it has no name")
+        notes.append(f"{name or 'the column without a name'}: {kind or 'left out'} ({why})")
         if kind:
             features.append({"name": name, "kind": kind})
     if not features:

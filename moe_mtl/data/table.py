@@ -80,7 +80,7 @@ def load(options: Options) -> DataSplits:
     fitters = [LabelFitter(field, labels[field["name"]], source.columns) for field in fields]
     label_columns = [column for fitter in fitters for column in fitter.label.reads]
     used = [*label_columns, *(name for name in (options.group_column, options.split_column) if name)]
-    source.require(list(dict.fromkeys(used)), str(options.path))
+    source.require(list(dict.fromkeys([*used, *options.exclude])), str(options.path))
     for name, part in parts.items():
         part.require(label_columns, f"{name} rows")
     rows = _count(parts, fitters, label_columns, options.missing_values)

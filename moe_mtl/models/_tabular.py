@@ -24,8 +24,7 @@ from ..outputs import MultiTaskOutput, Routing
 from ..tasks import SHARED, UnknownTaskError, check_name, check_task_names
 from ._base import MultiTaskConfig, MultiTaskModel
 
-MAX_WIDTH = 65_536
-MAX_COUNT = 4_096
+MAX_WIDTH, MAX_COUNT = 65_536, 4_096
 # Without gradients a large batch goes through in pieces whose hidden activations stay in the cache.
 ROWS_AT_ONCE = 1_024
 _FEATURE_KEYS = {
@@ -258,6 +257,7 @@ class TabularModel(MultiTaskModel):
         sequences: Tensor | None = None,
         labels: Mapping[str, Tensor] | None = None,
         sample_weights: Mapping[str, Tensor] | None = None,
+        groups: Tensor | None = None,
         tasks: str | Sequence[str] | None = None,
         output_routing: bool = False,
         output_hidden_states: bool | None = None,
@@ -270,7 +270,7 @@ class TabularModel(MultiTaskModel):
             categorical: int64 `[B, columns]`, ids in range.
             sequences: int64 `[B, columns, L]`, padded with -1.
             labels: task -> labels as `Task` describes; NaN or -100 is missing. Tasks without labels give no loss.
-            sample_weights: task -> `[B]`, non-negative.
+            sample_weights: task -> `[B]`, non-negative. The processor's `groups` are for metrics, and not read here.
             tasks: names of the tasks to compute; nothing else is.
             output_routing: also return who used which expert.
 

@@ -1,11 +1,13 @@
 """From a recipe's model section to a model and its processor: new, or a saved one with tasks added or dropped."""
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ..data.images import ImageSplits
 from ..data.processor import TabularProcessor
@@ -60,12 +62,18 @@ def _from_saved(section: ModelSection, fitted: Processor, recipe: Recipe) -> tup
     model = AutoModelForMultiTask.from_pretrained(source)
     _check_kind(f"model.from: {source}", type(model), type(fitted))
     saved: Processor = type(fitted).from_pretrained(source)
+    if isinstance(saved, TabularProcessor) and isinstance(fitted, TabularProcessor):
+        _check_declared(recipe, saved, fitted)
     if section.drop_tasks:
         _chosen(section.drop_tasks, model.tasks, "model.drop_tasks")
         kept = [task for task in model.tasks if task not in section.drop_tasks]
         if not kept:
             raise RecipeError(f"model.drop_tasks leaves no task of {section.source}")
         model = model.extract_task(kept)
+        for name in section.drop_tasks:
+            if name in model.tasks:
+                users = [t.name for t in model.config.parsed_tasks if name in {t.space, *(t.product_of or ())}]
+                raise RecipeError(f"model.drop_tasks: {name!r} cannot go, as {', '.join(users)} needs it")
     for task in section.add_tasks:
         if task in model.tasks:
             raise RecipeError(f"model.add_tasks: {section.source} has a task {task!r} already")
@@ -83,6 +91,37 @@ def _from_saved(section: ModelSection, fitted: Processor, recipe: Recipe) -> tup
     config |= {"tasks": _weighted(processor, recipe)} | section.config
     grown = _configured(model.config.model_type, config, type(fitted))
     return grown, processor, _copy_weights(model, grown, section)
+
+
+def _check_declared(recipe: Recipe, saved: TabularProcessor, fitted: TabularProcessor) -> None:
+    """What a saved model has learnt stays: a recipe that declares it otherwise would not get what it says."""
+    options, source = recipe.data.options, recipe.model.source
+
+    def check(what: str, old: Any, new: Any) -> None:
+        if new != old:
+            raise RecipeError(f"{what}: expected {old!r}, as {source} was trained with, found {new!r}")
+
+    for task in options.get("tasks") or ():
+        name = task["name"] if isinstance(task, Mapping) else task
+        if name not in {*saved.labels, *recipe.model.add_tasks}:
+            raise RecipeError(
+                f"data.tasks: {name!r} is no task of {source}: name it in model.add_tasks, or leave it out"
+            )
+    if options.get("features") is not None:
+        check("data.features", *([(f["name"], f["kind"]) for f in p.features] for p in (saved, fitted)))
+    if "missing_values" in options:
+        check("data.missing_values", list(saved.missing_values), list(fitted.missing_values))
+    new_tasks = {task.name: task for task in fitted.parsed_tasks}
+    for task in saved.parsed_tasks:
+        label = saved.labels[task.name]
+        if task.name not in new_tasks or label.within:  # a space that was left behind is declared by nobody
+            continue
+        for old, new, fields in (
+            (task, new_tasks[task.name], ("kind", "weight", "group", "metrics", "space", "product_of")),
+            (label, fitted.labels[task.name], ("columns", "positive", "negative", "all_of", "weight_column")),
+        ):
+            for field in fields:
+                check(f"data.tasks: {task.name}: {field}", getattr(old, field), getattr(new, field))
 
 
 def _grown(saved: Processor, fitted: Processor, added: list[str]) -> Processor:
@@ -145,8 +184,9 @@ def _configured(
     known = cls.config_class.__dataclass_fields__
     for key in fields:
         if key not in known:
+            own = [name for name in known if name not in PreTrainedConfig.__dataclass_fields__]
             raise RecipeError(
-                f"section 'model': unknown key {key!r}: {model_type} has no such field{nearest(key, known)}"
+                f"section 'model': unknown key {key!r}: {model_type} has no such field{nearest(key, own)}"
             )
     try:
         config: Any = cls.config_class(**fields)

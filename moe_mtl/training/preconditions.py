@@ -1,18 +1,21 @@
 """What must hold before a run does any work, so that a mistake costs a second and not an hour."""
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .. import data
 from ..data.images import ImageTable
 from ..data.processor import TabularProcessor
-from ..files import require_replaceable
+from ..files import read_json, require_replaceable
 from ..models import MultiTaskModel
 from .balancing import build_method
 from .building import Processor
 from .checkpoints import checkpoints_in, remove_stale_staging
+from .metrics import counted_rows
 from .recipe import Recipe, RecipeError, load_recipe, recipe_sha256
-from .saved import RECIPE
+from .saved import DATA, RECIPE
 from .trainer import Table
 
 
@@ -34,6 +37,16 @@ def check_folder(output_dir: Path, recipe: Recipe, resume: bool) -> None:
         raise RecipeError(
             f"{output_dir} holds an unfinished run of another recipe or seed: it cannot be resumed with this one"
         )
+
+
+def check_same_data(output_dir: Path, info: Mapping[str, Any]) -> None:
+    """A run is resumed on the rows it began with: from others the processor would learn other ids for the weights."""
+    for checkpoint in checkpoints_in(output_dir):
+        if (checkpoint / DATA).is_file() and read_json(checkpoint, DATA).get("sha256") != info["sha256"]:
+            raise RecipeError(
+                f"{output_dir} holds an unfinished run on other rows: the data changed since {checkpoint.name} was "
+                "written, so it cannot be resumed"
+            )
 
 
 def check_methods(recipe: Recipe) -> None:
@@ -82,11 +95,17 @@ def check_metrics(recipe: Recipe, model: MultiTaskModel, processor: Processor) -
 
 
 def check_labels(table: Table, model: MultiTaskModel) -> None:
-    """Every task has a label to learn from."""
+    """Every task has a label to learn from, on a row of its sample space that weighs something."""
     for task in model.config.parsed_tasks:
         if isinstance(table, ImageTable):
-            present = table.present(task.name)
+            present = counted = table.present(task.name)
         else:
-            present = task.labelled(table.tensors["labels"][task.name])
+            labels, weights = table.tensors["labels"], table.tensors.get("sample_weights", {})
+            present, counted = task.labelled(labels[task.name]), counted_rows(task, labels)
+            if task.name in weights:
+                counted = counted & (weights[task.name] > 0)
         if not bool(present.any()):
             raise RecipeError(f"no training row has a label of task {task.name!r}")
+        if not bool(counted.any()):
+            space = f", in the space of {task.space!r}" if task.space else ""
+            raise RecipeError(f"no training row counts for task {task.name!r}: none has a label and a weight{space}")

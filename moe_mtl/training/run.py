@@ -30,9 +30,17 @@ from .crash_safe import CrashSafeTrainer
 from .evaluation import Evaluation
 from .evaluation import evaluate as evaluate_rows
 from .metrics import Metrics, standard_errors
-from .preconditions import check_folder, check_labels, check_methods, check_metrics, check_reporter, check_section
+from .preconditions import (
+    check_folder,
+    check_labels,
+    check_methods,
+    check_metrics,
+    check_reporter,
+    check_same_data,
+    check_section,
+)
 from .recipe import Recipe, RecipeError, TrainSection, load_recipe, recipe_sha256
-from .saved import METRICS, RECIPE, plain
+from .saved import DATA, METRICS, RECIPE, plain
 from .trainer import MultiTaskTrainer, Table
 
 if TYPE_CHECKING:
@@ -109,7 +117,9 @@ def run(
     start = time.perf_counter()
     splits = load_data(recipe)
     assert not isinstance(splits, TextSplits)
-    if tell is not None:
+    if resume:
+        check_same_data(output_dir, splits.info)
+    if tell is not None and recipe.model.source is None:  # a saved model has its columns
         for note in splits.info.get("inferred", ()):
             tell(note)
     set_seed(recipe.train.seed)
@@ -125,7 +135,9 @@ def run(
     output_dir.mkdir(parents=True, exist_ok=True)
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trainer = make_trainer(recipe, model, processor, tables["train"], tables["validation"], output_dir, progress)
+    trainer = make_trainer(
+        recipe, model, processor, tables["train"], tables["validation"], splits.info, output_dir, progress
+    )
     prepared = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume or None)
     trained = time.perf_counter()
@@ -173,6 +185,12 @@ def evaluate(
     folder = resolve(folder)
     if recipe is None:
         recipe = load_recipe(folder / RECIPE, overrides)
+        options, trained = recipe.data.options, load_recipe(folder / RECIPE).data.options
+        for key in ("tasks", "features", "missing_values"):
+            if options.get(key) != trained.get(key):
+                raise RecipeError(
+                    f"data.{key}: expected none, as the saved model keeps its own, found {options.get(key)!r}"
+                )
     if data.is_text(recipe.data.name):
         from .text_run import evaluate_saved_text
 
@@ -218,10 +236,11 @@ def make_trainer(
     processor: Processor,
     train: Table,
     validation: Table,
+    info: Mapping[str, Any],
     output_dir: Path,
     progress: bool = False,
 ) -> MultiTaskTrainer:
-    """The trainer of a recipe's `train` section."""
+    """The trainer of a recipe's `train` section; `info` is what the data say of themselves."""
     section = recipe.train
     trainer = MultiTaskTrainer(
         model,
@@ -232,7 +251,7 @@ def make_trainer(
         loss_balancing=recipe.loss_method,
         gradient_balancing=recipe.gradient_method,
         task_sampling=section.task_sampling,
-        **trainer_options(recipe, output_dir, progress),
+        **trainer_options(recipe, info, output_dir, progress),
     )
 
     def report(numbers: dict[str, float]) -> None:
@@ -242,8 +261,8 @@ def make_trainer(
     return trainer
 
 
-def trainer_options(recipe: Recipe, output_dir: Path, progress: bool) -> dict[str, Any]:
-    """What every trainer of a recipe is told beside its arguments."""
+def trainer_options(recipe: Recipe, info: Mapping[str, Any], output_dir: Path, progress: bool) -> dict[str, Any]:
+    """What every trainer of a recipe, on data that say `info` of themselves, is told beside its arguments."""
     section = recipe.train
     callbacks: list[Any] = [_reporter(section.report_to, output_dir)] if section.report_to != "none" else []
     if progress:
@@ -254,7 +273,7 @@ def trainer_options(recipe: Recipe, output_dir: Path, progress: bool) -> dict[st
         "one_cycle": section.schedule == "one_cycle",
         "optimizer_name": section.optimizer,
         "seconds_between_saves": SECONDS_BETWEEN_SAVES,
-        "saved_along": {RECIPE: recipe.to_yaml()},
+        "saved_along": {RECIPE: recipe.to_yaml(), DATA: json.dumps(plain(info), indent=1) + "\n"},
     }
 
 

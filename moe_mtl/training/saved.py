@@ -8,6 +8,7 @@ from typing import Any
 from .recipe import Recipe, RecipeError, load_recipe
 
 RECIPE, METRICS = "recipe.resolved.yaml", "metrics.json"  # of a run
+DATA = "data.json"  # of a checkpoint: what the data say of themselves
 RECORD = "results.json"  # of a card
 
 

@@ -1,7 +1,7 @@
 """A recipe of text from beginning to end: load, encode, train, measure, save. Nothing that is not whole appears."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..data.text import Example, TextSplits, TokenTable, encode
 from ..files import read_json
 from ..hub import ADAPTER
 from ..tuners import RankTuner, count, load_adapter
+from .preconditions import check_same_data
 from .recipe import Recipe, RecipeError, load_recipe
 from .run import RunResult, check_finite, load_data, record_of, save_run, trainer_options, training_arguments
 from .saved import METRICS, RECIPE
@@ -40,6 +41,8 @@ def run_text(
     start = time.perf_counter()
     splits = load_data(recipe)
     assert isinstance(splits, TextSplits)
+    if resume:
+        check_same_data(output_dir, splits.info)
     if recipe.model.tasks is not None:
         if unknown := [task for task in recipe.model.tasks if task not in splits.tasks]:
             raise RecipeError(f"model.tasks: expected some of {', '.join(splits.tasks)}, found {unknown[0]!r}")
@@ -57,7 +60,7 @@ def run_text(
         tell(f"{_trained(model):,} of {model.num_parameters():,} parameters are trained")
     output_dir.mkdir(parents=True, exist_ok=True)
     use_cache = model.config.use_cache  # the trainer turns it off
-    trainer = _trainer(recipe, model, tokenizer, tables, output_dir, progress)
+    trainer = _trainer(recipe, model, tokenizer, tables, splits.info, output_dir, progress)
     prepared = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume or None)
     trained = time.perf_counter()
@@ -171,7 +174,13 @@ def _check(recipe: Recipe) -> None:
 
 
 def _trainer(
-    recipe: Recipe, model: Any, tokenizer: Any, tables: dict[str, TokenTable], output_dir: Path, progress: bool
+    recipe: Recipe,
+    model: Any,
+    tokenizer: Any,
+    tables: dict[str, TokenTable],
+    info: Mapping[str, Any],
+    output_dir: Path,
+    progress: bool,
 ) -> TextTrainer:
     section = recipe.train
     if section.gradient_checkpointing:
@@ -193,7 +202,7 @@ def _trainer(
         tables["validation"],
         tokenizer,
         packed=packed,
-        **trainer_options(recipe, output_dir, progress),
+        **trainer_options(recipe, info, output_dir, progress),
     )
 
 

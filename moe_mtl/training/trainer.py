@@ -183,7 +183,6 @@ class MultiTaskTrainer(CrashSafeTrainer):
         self.model.set_training_step(self.state.global_step)
         if self.args.device.type != "cpu":
             inputs = self._prepare_inputs(inputs)
-        inputs.pop("groups", None)
         with self.compute_loss_context_manager():
             output = model(**inputs)
         self.watch.add(output.task_losses)

@@ -50,6 +50,13 @@ def test_nothing_of_use_is_an_error_that_tells_why():
         infer_features({"a": [1, 2]}, exclude=["a"])
 
 
+def test_the_nameless_index_that_pandas_writes_is_left_out(tmp_path):
+    pd.DataFrame({"a": range(40)}).to_csv(tmp_path / "a.csv")
+    features, notes = infer_features(tmp_path / "a.csv")
+    assert features == [{"name": "a", "kind": "numeric"}]
+    assert notes[0] == "the column without a name: left out (it has no name)"
+
+
 def test_texts_that_look_like_lists_are_told_how_to_be_declared():
     rows = {
         "tags": ["a|b", "b", "a|c", None, "c|a"],

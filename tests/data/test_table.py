@@ -121,6 +121,7 @@ def test_the_hash_is_that_of_the_content(tmp_path):
         ({"split_column": "city"}, r"column 'city', row \d+: expected one of 'train', 'validation', 'test', found"),
         ({"validation_path": "rows.csv"}, "expected both validation_path and test_path"),
         ({"group_column": "none"}, "missing column 'none'"),
+        ({"exclude": ["cty"]}, "missing column 'cty'; did you mean 'city'"),
         ({"features": [{"name": "agee", "kind": "numeric"}]}, "train rows: missing column 'agee'; did you mean 'age'"),
     ],
 )

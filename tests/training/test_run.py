@@ -157,6 +157,7 @@ def test_dropping_a_task_and_freezing_by_pattern(base_for_add_task, tmp_path):
 MODEL_ERRORS = [
     ({"type": "mmoee"}, "model.type.*'mmoe'"),
     ({"type": "mmoe", "num_expert": 3}, "unknown key 'num_expert': mmoe has no such field; did you mean 'num_experts'"),
+    ({"type": "mmoe", "typ": 1}, "unknown key 'typ': mmoe has no such field; known: tasks, "),
     ({"type": "mmoe", "num_experts": "three"}, "section 'model'.*num_experts"),
     ({"type": "mmoe", "num_experts": 0}, "num_experts"),
     ({"type": "mmoe", "features": []}, "comes from the data"),
@@ -345,6 +346,30 @@ def test_an_interrupted_run_resumes_and_nothing_else_takes_its_folder(tmp_path, 
         run(tiny(), folder, progress=False)
 
 
+def test_a_run_is_not_resumed_on_other_rows(own_table, tmp_path, monkeypatch):
+    """More rows can order a vocabulary anew, and old weights would then stand for other values."""
+    monkeypatch.setattr(running, "SECONDS_BETWEEN_SAVES", 0.0)
+    content = {"data": {**own_table, "tasks": [{"name": "click", "kind": "binary"}]}, "model": {"type": "mmoe"}}
+    recipe = parse_recipe({**content, "train": {"epochs": 3, "batch_size": 32}})
+    train = running.MultiTaskTrainer.training_step
+
+    def dying(trainer, *args):
+        if trainer.state.global_step == 10:
+            raise KeyboardInterrupt
+        return train(trainer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running.MultiTaskTrainer, "training_step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, tmp_path / "out", progress=False)
+    rows = pyarrow.parquet.read_table(own_table["path"])
+    pyarrow.parquet.write_table(pa.concat_tables([rows, rows[:20]]), own_table["path"])
+    with pytest.raises(RecipeError, match=r"unfinished run on other rows: the data changed since checkpoint-8"):
+        run(recipe, tmp_path / "out", progress=False, resume=True)
+    pyarrow.parquet.write_table(rows, own_table["path"])
+    run(recipe, tmp_path / "out", progress=False, resume=True)
+
+
 def test_a_run_that_fails_leaves_the_model_that_stood_there_as_it_was(tmp_path, monkeypatch):
     run(tiny(), tmp_path / "out", progress=False)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -384,6 +409,85 @@ def test_what_cannot_be_is_told_before_anything_is_written(own_table, tmp_path, 
     with pytest.raises(RecipeError, match=r"train\.report_to: trackio is not installed"):
         run(tiny(report_to="trackio"), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def saved_click(own_table, tmp_path):
+    """A data section, and the folder of a model of its click that was saved."""
+    data = {**own_table, "tasks": [{"name": "click", "kind": "binary", "weight": 0.5}]}
+    content = {"data": data, "model": {"type": "mmoe"}, "train": {"max_steps": 2}}
+    return data, run(parse_recipe(content), tmp_path / "saved", progress=False).output_dir
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"column": "bought"}, r"data\.tasks: click: columns: expected \['click'\], as .* found \['bought'\]"),
+        ({"weight_column": "age"}, "click: weight_column: expected None"),
+        ({"metrics": ["accuracy"]}, "click: metrics: expected None"),
+        ({"weight": 1.0}, "click: weight: expected 0.5"),
+        ({"positive": 1}, "click: positive: expected None"),
+        ({"kind": "multiclass"}, "click: kind: expected 'binary'"),
+    ],
+)
+def test_a_task_of_a_saved_model_is_not_declared_otherwise(saved_click, tmp_path, change, message):
+    data, folder = saved_click
+    data = {**data, "tasks": [data["tasks"][0] | change]}
+    with pytest.raises(RecipeError, match=message):
+        run(parse_recipe({"data": data, "model": {"from": str(folder)}}), tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_saved_model_would_leave_aside_is_refused(saved_click, tmp_path):
+    data, folder = saved_click
+    further = [*data["tasks"], {"name": "bought", "kind": "binary"}]
+    for options, message in [
+        ({"tasks": further}, "'bought' is no task of .*: name it in model.add_tasks"),
+        ({"features": [{"name": "age", "kind": "numeric"}]}, r"data\.features: expected \[\('age', 'numeric'\), "),
+        ({"missing_values": ["", "NA"]}, r"data\.missing_values: expected \[''\]"),
+    ]:
+        recipe = parse_recipe({"data": data | options, "model": {"from": str(folder)}})
+        with pytest.raises(RecipeError, match=message):
+            run(recipe, tmp_path / "out", progress=False)
+    with pytest.raises(RecipeError, match=r"data\.tasks: expected none, as the saved model keeps its own"):
+        evaluate(folder, overrides=[("data.tasks", "[{name: click, kind: binary, column: bought}]")])
+    told = []
+    recipe = parse_recipe({"data": data, "model": {"from": str(folder)}, "train": {"max_steps": 1}})
+    run(recipe, tmp_path / "out", progress=False, tell=told.append)
+    assert not told  # no column's kind is chosen anew
+
+
+def test_a_task_that_others_are_made_of_cannot_be_dropped(few_rows, tmp_path):
+    recipe = load_recipe("table/esmm", [("data.path", "rows"), *SHORT])
+    full = run(recipe, tmp_path / "full", progress=False)
+    data = {"name": "table", "path": "rows", **recipe.data.options}
+    recipe = parse_recipe({"data": data, "model": {"from": str(full.output_dir), "drop_tasks": ["click"]}})
+    with pytest.raises(RecipeError, match=r"drop_tasks: 'click' cannot go, as .*click_and_conversion needs it"):
+        run(recipe, tmp_path / "out", progress=False)
+
+
+def test_a_task_without_a_row_that_counts_is_refused(tmp_path):
+    click = np.arange(300) % 2
+    columns = {"x": np.arange(300.0), "click": click, "buy": np.where(click, np.nan, 1.0), "nothing": np.zeros(300)}
+    pyarrow.parquet.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    for field, message in (("space", "in the space of 'click'"), ("weight_column", "none has a label and a weight$")):
+        value = "click" if field == "space" else "nothing"
+        tasks = [{"name": "click", "kind": "binary"}, {"name": "buy", "kind": "binary", field: value}]
+        data = {"name": "table", "path": str(tmp_path / "rows.parquet"), "tasks": tasks, "exclude": ["nothing"]}
+        with pytest.raises(RecipeError, match=f"no training row counts for task 'buy': .*{message}"):
+            run(parse_recipe({"data": data, "model": {"type": "mmoe"}}), tmp_path / "out", progress=False)
+
+
+def test_what_the_processor_gives_is_what_the_model_takes(own_table, tmp_path):
+    data = {**own_table, "tasks": [{"name": "click", "kind": "binary"}], "group_column": "user"}
+    result = run(
+        parse_recipe({"data": data, "model": {"type": "mmoe"}, "train": {"max_steps": 1}}),
+        tmp_path / "out",
+        progress=False,
+    )
+    encoded = result.processor(pyarrow.parquet.read_table(own_table["path"]))
+    assert "groups" in encoded
+    assert result.model(**encoded).loss.isfinite()
 
 
 def test_dropping_the_space_of_a_task_keeps_the_rows_it_counts(own_table, tmp_path):
