@@ -4,8 +4,8 @@ Source: Ma et al., "Modeling Task Relationships in Multi-task Learning with Mult
 section 3.2: orthonormal u1, u2; w1 = c u1; w2 = c (rho u1 + sqrt(1 - rho^2) u2); x ~ N(0, I);
 y_t = w_t . x + sum_i sin(alpha_i w_t . x + beta_i) + noise.
 
-alpha and beta are shared by the tasks and drawn from N(0, 1): the correlation of the labels varies from draw to draw,
-so average over at least 20 seeds.
+alpha and beta are shared by the tasks and drawn from N(0, frequency^2) and N(0, 1): the correlation of the labels
+varies from draw to draw, so average over at least 20 seeds.
 
 Legend: `B` rows, `D` features, `T` tasks.
 """
@@ -30,6 +30,7 @@ class Options:
         num_features: length of x.
         scale: c, the length of the weight vectors.
         num_sines: terms in the sum of sines.
+        frequency: standard deviation of alpha: how often the sines bend. The paper does not give its own.
         noise: standard deviation of the noise.
         train_rows, validation_rows, test_rows: how many rows.
         seed: of everything that is drawn.
@@ -39,6 +40,7 @@ class Options:
     num_features: int = 100
     scale: float = 0.3
     num_sines: int = 5
+    frequency: float = 1.0
     noise: float = 0.1
     train_rows: int = 10_000
     validation_rows: int = 1_000
@@ -64,7 +66,7 @@ def load(options: Options) -> DataSplits:
     u_D2, _ = np.linalg.qr(random.standard_normal((o.num_features, 2)))
     mix = np.array([[1.0, o.correlation], [0.0, math.sqrt(1 - o.correlation**2)]])
     w_DT = o.scale * u_D2 @ mix
-    alpha, beta = random.standard_normal((2, o.num_sines))
+    alpha, beta = random.standard_normal((2, o.num_sines)) * np.array([[o.frequency], [1.0]])
     x_BD = random.standard_normal((sum(rows), o.num_features))
     s_BT = x_BD @ w_DT
     y_BT = s_BT + np.sin(s_BT[..., None] * alpha + beta).sum(-1) + o.noise * random.standard_normal(s_BT.shape)
