@@ -62,6 +62,7 @@ class RankConfig(PeftConfig):
         modules_to_save: layers to train in full and to save with the adapter.
         bias: none, or all: train the biases of the base model too.
         tasks: names, for a method that tells tasks apart.
+        task_type: PEFT's. Without one its `generate` hands `tasks` on to the base model, which refuses them.
         init_weights: False starts the up-projection at random instead of at 0, for tests.
     """
 
