@@ -376,8 +376,13 @@ def decode_task(task: Task, label: Label, logits_BC: torch.Tensor) -> dict[str, 
         )
     names = label.names() or [task.name]
     columns = {f"{task.name}/{name}": predicted[:, i].numpy() for i, name in enumerate(names)}
-    if task.kind == "multilabel":
-        return columns
-    whole = _integers(names)
-    values = np.array(names, dtype=object) if whole is None else np.array(whole, dtype=np.int64)
-    return {task.name: values[predicted.argmax(1).numpy()]} | columns
+    return columns if task.kind == "multilabel" else {task.name: _classes(names)[predicted.argmax(1).numpy()]} | columns
+
+
+def _classes(names: Sequence[str]) -> np.ndarray:
+    """Classes as values of the user: integers or booleans where all are, else their texts."""
+    if (whole := _integers(names)) is not None:
+        return np.array(whole, dtype=np.int64)
+    if set(names) == {"false", "true"}:
+        return np.array([name == "true" for name in names])
+    return np.array(names, dtype=object)

@@ -173,12 +173,13 @@ class TabularProcessor(SavedProcessor):
 
     # --- rows -> tensors ---
 
-    def __call__(self, rows: Any, labels: bool = True) -> dict[str, Any]:
+    def __call__(self, rows: Any, labels: bool | Sequence[str] = True) -> dict[str, Any]:
         """Encodes rows, all at once.
 
         Args:
             rows: anything `open_source` takes.
-            labels: whether to read labels, weights and groups too; False for prediction.
+            labels: whether to read labels, weights and groups too; False for prediction. Names of tasks: the labels
+                that these are measured with, which are also those that they are made of or counted within.
 
         Returns:
             `numeric` float32 `[B, Fn]`, `categorical` int64 `[B, Fc]`, `sequences` int64 `[B, Fs, L]` padded with -1;
@@ -187,21 +188,23 @@ class TabularProcessor(SavedProcessor):
 
         Raises:
             DataError: no rows, a missing column, a value that cannot be what its column is declared to be.
+            UnknownTaskError: a name in `labels` that the processor does not know.
         """
         return _concatenate([encoded for _, encoded in self.stream(rows, labels)])
 
     def stream(
-        self, rows: Any, labels: bool = True, batch_rows: int = BATCH_ROWS
+        self, rows: Any, labels: bool | Sequence[str] = True, batch_rows: int = BATCH_ROWS
     ) -> Iterator[tuple[Sequence[int], dict[str, Any]]]:
         """Encodes rows batch by batch, for files larger than memory: yields `(row numbers, what __call__ returns)`.
 
         Raises:
-            DataError: as `__call__`.
+            DataError, UnknownTaskError: as `__call__`.
         """
+        read = self._read_for(labels)
         source = open_source(rows)
         wanted = [column.name for column in self.columns]
-        if labels:
-            wanted += [column for label in self.labels.values() for column in label.reads]
+        if read:
+            wanted += [column for label in read.values() for column in label.reads]
             wanted += [self.group_column] if self.group_column else []
         wanted = list(dict.fromkeys(wanted))
         source.require(wanted, "rows")
@@ -211,11 +214,24 @@ class TabularProcessor(SavedProcessor):
         found = False
         for numbers, batch in source.batches(wanted, batch_rows):
             found = found or len(numbers) > 0
-            yield numbers, self._encode(batch, numbers, labels)
+            yield numbers, self._encode(batch, numbers, read)
         if not found:
             raise DataError("expected at least one row, found none")
 
-    def _encode(self, batch: Mapping[str, Any], rows: Sequence[int], labels: bool) -> dict[str, Any]:
+    def _read_for(self, labels: bool | Sequence[str]) -> dict[str, Label]:
+        """The labels to read, by task; without the weights of tasks that are not asked for."""
+        if isinstance(labels, bool):
+            return self.labels if labels else {}
+        asked = check_task_names(labels, list(self.labels))
+        spaces = [task.space for task in self.parsed_tasks if task.name in asked and task.space is not None]
+        parts = [part for name in [*asked, *spaces] for part in self.labels[name].all_of or ()]
+        return {
+            name: label if name in asked else dataclasses.replace(label, weight_column=None)
+            for name, label in self.labels.items()
+            if name in {*asked, *spaces, *parts}
+        }
+
+    def _encode(self, batch: Mapping[str, Any], rows: Sequence[int], labels: Mapping[str, Label]) -> dict[str, Any]:
         out: dict[str, Any] = {}
         encoded = {c.name: c.encode(batch[c.name], self.missing_values, rows) for c in self.columns}
         for key, kinds in (("numeric", ("numeric",)), ("categorical", ("categorical",))):
@@ -229,10 +245,10 @@ class TabularProcessor(SavedProcessor):
                 sequences[:, i, : column.max_length] = encoded[column.name]
             out["sequences"] = torch.from_numpy(sequences)
         if labels:
-            out["labels"] = self._encode_labels(batch, rows)
+            out["labels"] = self._encode_labels(batch, rows, labels)
             weights = {
                 n: label.encode_weights(batch, self.missing_values, rows)
-                for n, label in self.labels.items()
+                for n, label in labels.items()
                 if label.weight_column
             }
             if weights:
@@ -241,20 +257,18 @@ class TabularProcessor(SavedProcessor):
                 out["groups"] = torch.from_numpy(self._groups(batch[self.group_column], rows))
         return out
 
-    def _encode_labels(self, batch: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Tensor]:
-        own = {
-            n: label.encode(batch, self.missing_values, rows)
-            for n, label in self.labels.items()
-            if label.all_of is None
-        }
-        for name, label in self.labels.items():
+    def _encode_labels(
+        self, batch: Mapping[str, Any], rows: Sequence[int], labels: Mapping[str, Label]
+    ) -> dict[str, Tensor]:
+        own = {n: label.encode(batch, self.missing_values, rows) for n, label in labels.items() if label.all_of is None}
+        for name, label in labels.items():
             if label.all_of is not None:
                 parts = np.stack([own[task] for task in label.all_of])
                 # One 0 decides, whatever is missing beside it; a product would turn 0 x NaN into NaN.
                 own[name] = np.where((parts == 0).any(0), np.float32(0), parts.prod(0))
-        for name, label in self.labels.items():
+        for name, label in labels.items():
             own[name] = label.masked(own[name], batch, self.missing_values, rows)
-        return {name: torch.from_numpy(np.ascontiguousarray(own[name])) for name in self.labels}
+        return {name: torch.from_numpy(np.ascontiguousarray(own[name])) for name in labels}
 
     def _groups(self, column: Any, rows: Sequence[int]) -> np.ndarray:
         codes, texts = factorise(column, self.missing_values, str(self.group_column))

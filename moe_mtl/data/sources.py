@@ -5,6 +5,7 @@ that an error can name the row. CSV columns are read as text: what a column mean
 """
 
 import gzip
+import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,16 +14,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
 from ..naming import nearest
 from .errors import DataError
-from .values import plain
+from .values import is_text, plain
 
 BATCH_ROWS = 65_536
 BLOCK_BYTES = 1 << 23
+MAX_EXACT_INTEGER = 2**53  # of doubles
 SUFFIXES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".pq": "parquet", ".jsonl": "json", ".ndjson": "json"}
 
 Batch = tuple[Sequence[int], Mapping[str, pa.Array | pa.ChunkedArray]]
@@ -79,6 +82,9 @@ class TableSource(Source):
         repeated = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
         if repeated:
             raise DataError(f"expected distinct column names, found {', '.join(map(repr, repeated))} more than once")
+        for i, field in enumerate(table.schema):
+            if pa.types.is_string_view(field.type):  # which Arrow can neither filter nor cut
+                table = table.set_column(i, field.with_type(pa.large_string()), table[i].cast(pa.large_string()))
         self.table = table
         self.columns = table.column_names
 
@@ -115,10 +121,17 @@ class ColumnsSource(Source):
     def _array(self, name: str) -> pa.Array:
         if name not in self.converted:
             try:
-                self.converted[name] = plain(pa.array(self.data[name], from_pandas=True))
+                self.converted[name] = plain(_array(self.data[name]))
             except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as error:
                 raise _mixed(name, self.data[name], error) from None
         return self.converted[name]
+
+
+def _array(column: Any) -> pa.Array:
+    try:
+        return pa.array(column, from_pandas=True)
+    except OverflowError:  # an integer above the largest int64
+        return pa.array(column, pa.uint64(), from_pandas=True)
 
 
 def _mixed(name: str, column: Sequence[Any], error: Exception) -> DataError:
@@ -158,6 +171,9 @@ class FileSource(Source):
         delimiter: of CSV; by default a comma, a tab for `.tsv`.
         names: column names of CSV files without a header line.
 
+    Attributes:
+        kinds: `csv`, `parquet`, `json`: those that are among the files.
+
     Raises:
         FileNotFoundError: a path does not exist.
         DataError: an unknown kind of file, an empty file, files with different columns.
@@ -166,12 +182,15 @@ class FileSource(Source):
     def __init__(
         self, paths: str | Path | Sequence[str | Path], delimiter: str | None = None, names: Sequence[str] | None = None
     ):
+        if delimiter is not None and (len(delimiter) != 1 or not delimiter.isascii() or delimiter in '"\r\n'):
+            raise DataError(f"delimiter: expected one ASCII character, no quote or line break, found {delimiter!r}")
         self.delimiter, self.names = delimiter, list(names) if names is not None else None
         self.paths = [
             path for given in ([paths] if isinstance(paths, (str, Path)) else paths) for path in _files(Path(given))
         ]
         if not self.paths:
             raise DataError("expected at least one file, found none")
+        self.kinds = {_kind(path) for path in self.paths}
         self.columns = self._columns(self.paths[0])
         repeated = sorted({name for name in self.columns if self.columns.count(name) > 1})
         if repeated:
@@ -207,7 +226,7 @@ class FileSource(Source):
                     return reader.schema.names
             if kind == "parquet":
                 return pa.parquet.read_schema(path).names
-        except (pa.ArrowInvalid, OSError, EOFError) as error:
+        except (pa.ArrowInvalid, OSError, EOFError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: {error}") from None
         first = next(_explained(path, _json_tables(path, None)), None)
         if first is None:
@@ -325,7 +344,7 @@ def _explained(path: Path, tables: Iterator[Any]) -> Iterator[Any]:
         yield from tables
     except DataError:
         raise
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowKeyError, OSError, EOFError, UnicodeDecodeError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowKeyError, OSError, EOFError, ValueError) as error:
         raise DataError(f"{path}: {error}") from None
 
 
@@ -354,4 +373,54 @@ def _json_table(block: bytes, columns: list[str] | None) -> pa.Table:
     table = parse(dates) if dates else table
     if columns is None:
         return table
-    return pa.table({c: table[c] if c in table.column_names else pa.nulls(table.num_rows) for c in columns})
+    found = {c: table[c] if c in table.column_names else pa.nulls(table.num_rows) for c in columns}
+    wrong = [name for name, column in found.items() if not _is_valid(column)]
+    suspect = [name for name, column in found.items() if name not in wrong and _may_be_rounded(column)]
+    if wrong or suspect:
+        # Arrow rounds integers above the largest int64, and any large one beside a fraction or NaN, to doubles; and it
+        # loses the null that begins the first list of a block.
+        lines = [json.loads(line) for line in block.splitlines() if line.strip()]
+        for name in [*wrong, *suspect]:
+            values = [line.get(name) for line in lines]
+            flat = [x for value in values for x in (value if isinstance(value, list) else [value])]
+            if any(isinstance(x, int) and abs(x) > MAX_EXACT_INTEGER for x in flat):
+                found[name] = _exact(values, flat)
+            elif name in wrong:
+                found[name] = pa.array(values, from_pandas=True)
+    return pa.table(found)
+
+
+def _is_valid(column: pa.Array | pa.ChunkedArray) -> bool:
+    try:
+        column.validate()
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def _may_be_rounded(column: pa.Array | pa.ChunkedArray) -> bool:
+    if pa.types.is_list(column.type):
+        column = pc.list_flatten(column)
+    if not pa.types.is_floating(column.type):
+        return False
+    largest = pc.max(pc.abs(column), skip_nulls=True).as_py()  # NaN only where there is nothing else
+    return largest is not None and largest >= MAX_EXACT_INTEGER
+
+
+def _exact(values: list[Any], flat: list[Any]) -> pa.Array:
+    """Numbers, some of them large integers, or lists of such, `flat` being all of them, in a type that holds them."""
+    integers = [x for x in flat if isinstance(x, int)]
+    kind = pa.string()
+    if all(x is None or isinstance(x, int) or x != x for x in flat):
+        low, high = min(integers), max(integers)
+        if low >= -(2**63) and high < 2**63:
+            kind = pa.int64()
+        elif low >= 0 and high < 2**64:
+            kind = pa.uint64()
+
+    def one(x: Any) -> Any:
+        return None if x is None or x != x else repr(x) if is_text(kind) else x
+
+    if any(isinstance(value, list) for value in values):
+        return pa.array([v if v is None else [one(x) for x in v] for v in values], pa.list_(kind))
+    return pa.array([one(x) for x in values], kind)

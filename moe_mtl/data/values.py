@@ -2,13 +2,18 @@
 
 A category is matched as text in a canonical form, so that the same table gives the same ids from CSV, Parquet or
 pandas: surrounding white space is dropped; integers are written out exactly (never through a float); a float or a text
-that holds a whole number is written as that integer (`1.0` -> `1`, what a nullable integer column turns into);
-booleans, and the texts `True`, `False`, `TRUE`, `FALSE`, become `true` and `false`; other values keep Arrow's text
-form. Null, NaN and the values whose canonical text is in `missing` (by default the empty one) are missing.
+that holds a whole number is written as that integer (`1.0` -> `1`, what a nullable integer column turns into); a float
+is written without an exponent, and so is a text as floats are written with one (`1e-05`, `3.2e+17`; not `1e5`, which
+may be a code); booleans, and the texts `True`, `False`, `TRUE`, `FALSE`, become `true` and `false`; a moment, as text
+or not, loses the zeros that end its seconds and, at midnight with no zone, its time (`2020-01-01T10:00:00.500000` ->
+`2020-01-01 10:00:00.5`); other values keep Arrow's text form. Null, NaN and the values whose canonical text is in
+`missing` (by default the empty one) are missing.
 """
 
+import math
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +24,8 @@ from .errors import DataError
 MAX_EXACT_FLOAT = 2.0**63
 WHITE_SPACE = " \t\n\r\f\v\u00a0"
 WHOLE = r"^(-?[0-9]+)\.0+$"
+EXPONENT = r"^-?[0-9](\.[0-9]+)?e[+-][0-9]+$"
+MOMENT = r"^([0-9]{4}-[0-9]{2}-[0-9]{2})?[ T]?([0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]+)?(Z|[+-][0-9]{2}:?[0-9]{2})?$"
 SPELLINGS = {"-0": "0", "True": "true", "TRUE": "true", "False": "false", "FALSE": "false"}
 NUMBER = r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?"
 FEW = 32
@@ -94,7 +101,27 @@ def canonical_text(text: str) -> str:
     text = text.strip(WHITE_SPACE)
     if ".0" in text:
         text = re.sub(WHOLE, r"\1", text)
+    if "e" in text and re.search(EXPONENT, text):
+        return _without_exponent(text)
+    if ":" in text and (moment := re.search(MOMENT, text)):
+        return _moment_text(*moment.groups(""))
     return SPELLINGS.get(text, text)
+
+
+def _without_exponent(text: str) -> str:
+    """`3.2e+17` -> the integer that this double is; `1e-05` -> `0.00001`; a number beyond doubles stays."""
+    number = float(text)
+    if not math.isfinite(number):
+        return text
+    return str(int(number)) if number == math.floor(number) else f"{Decimal(text):f}"
+
+
+def _moment_text(date: str, time: str, fraction: str, zone: str) -> str:
+    fraction = fraction.rstrip("0").rstrip(".")
+    zone = "Z" if zone in ("+00:00", "+0000") else zone.replace(":", "")
+    if date and time == "00:00:00" and not (fraction or zone):
+        return date
+    return f"{date} {time}{fraction}{zone}".lstrip()
 
 
 def canonical(values: pa.Array, missing: Sequence[str], name: str) -> pa.Array:
@@ -109,13 +136,22 @@ def canonical(values: pa.Array, missing: Sequence[str], name: str) -> pa.Array:
     if pa.types.is_integer(kind):
         return _without(values.cast(pa.string()), missing)
     require_values(kind, name)
+    if pa.types.is_duration(kind):
+        values = values.cast(pa.duration("ns"))  # written as a bare number of its units
     texts = pc.utf8_trim(values.cast(pa.string()), characters=WHITE_SPACE)
     texts = pc.replace_substring_regex(texts, WHOLE, r"\1")
+    odd = pc.match_substring_regex(texts, f"{EXPONENT}|{MOMENT}")
+    if pc.any(odd).as_py():
+        texts = pc.replace_with_mask(texts, odd.fill_null(False), _each(texts.filter(odd)))
     for wrong, right in SPELLINGS.items():
         found = pc.equal(texts, wrong)
         if pc.any(found).as_py():
             texts = pc.if_else(found, right, texts)
     return _without(texts, missing)
+
+
+def _each(texts: pa.Array) -> pa.Array:
+    return pa.array(map(canonical_text, texts.to_pylist()), pa.string())
 
 
 def _without(texts: pa.Array, missing: Sequence[str]) -> pa.Array:
@@ -132,7 +168,11 @@ def _float_texts(values: pa.Array, name: str) -> pa.Array:
         raise DataError("expected finite values, found an infinity", name)
     whole = np.isfinite(numbers) & (numbers == np.floor(numbers)) & (np.abs(numbers) < MAX_EXACT_FLOAT)
     integers = pa.array(np.where(whole, numbers, 0).astype(np.int64)).cast(pa.string())
-    texts = pc.if_else(pa.array(whole), integers, values.cast(pa.string()))
+    texts = values.cast(pa.string())
+    odd = pc.match_substring(texts, "e")
+    if pc.any(odd).as_py():
+        texts = pc.replace_with_mask(texts, odd.fill_null(False), _each(texts.filter(odd)))
+    texts = pc.if_else(pa.array(whole), integers, texts)
     return pc.if_else(pa.array(np.isnan(numbers)), pa.scalar(None, pa.string()), texts)
 
 
@@ -152,7 +192,8 @@ def canonical_list(values: Sequence[object], where: str) -> list[str]:
 
 
 def numbers(column: pa.Array, missing: Sequence[str], name: str, rows: Sequence[int]) -> np.ndarray:
-    """The column as float64 `[B]`, NaN where missing. Numbers written as text are read; booleans are 0 and 1.
+    """The column as float64 `[B]`, NaN where missing. Numbers written as text are read; booleans, also as text, are 0
+    and 1.
 
     Raises:
         DataError: text that is no number, an infinity, or a type that holds no numbers.
@@ -188,6 +229,9 @@ def _parse(column: pa.Array, missing: Sequence[str], name: str, rows: Sequence[i
     try:
         return texts.cast(pa.float64())
     except pa.ArrowInvalid:
+        truths = canonical(texts, (), name)
+        if pc.all(pc.is_in(truths.drop_null(), pa.array(["true", "false"]))).as_py():
+            return pc.equal(truths, "true").cast(pa.uint8())
         for i, text in enumerate(texts.to_pylist()):
             try:
                 pa.scalar(text, pa.string()).cast(pa.float64())

@@ -238,15 +238,19 @@ def test_arrow_tables_with_several_chunks_are_read_whole():
         (["9223372036854775807", "-9223372036854775808"], [-(2**63), 2**63 - 1]),
         ([12, 7, -3], [-3, 7, 12]),
         (["10", "9"], [9, 10]),
+        ([True, False], [False, True]),
+        (["false", "maybe", "true"], ["false", "maybe", "true"]),
     ],
 )
 def test_classes_come_back_as_they_stood_in_the_table(column, classes):
     processor = fit({"y": column}, [{"name": "y", "kind": "multiclass"}])
     decoded = processor.decode({"y": torch.eye(len(classes))})
     assert decoded["y"].tolist() == classes
-    assert list(decoded)[1:] == [f"y/{name}" for name in classes]
+    assert list(decoded)[1:] == [f"y/{str(name).lower()}" for name in classes]
     ids = encoded(processor, {"y": column})["y"]
-    assert [classes[i] for i in ids] == column or [str(classes[i]) for i in ids] == column
+    assert decoded["y"].tolist() == classes
+    assert [type(c) for c in decoded["y"].tolist()] == [type(c) for c in classes]
+    assert [str(classes[i]) for i in ids] == [str(value) for value in column]
 
 
 SPACED = [
@@ -295,6 +299,34 @@ def test_a_task_keeps_its_sample_space_when_the_space_is_left_behind():
     nested = fit(table, [*SPACED[:2], inner], {"click": declared["click"]})
     with pytest.raises(DataError, match="'stars' counts where 'buy' is 1: extract 'click' too"):
         nested.for_tasks(["buy", "stars"])
+
+
+def test_only_the_labels_that_some_tasks_are_measured_with_are_read():
+    declared = {
+        "click": {"positive": "y", "weight_column": "b"},
+        "buy": {"weight_column": "c"},
+        "both": {"all_of": ["click", "buy"]},
+        "sum": {"column": ["a", "c"]},
+    }
+    table = SPACED_TABLE | {"c": [0.0, 1.0, 2.0, 3.0], "x": [0] * 4}
+    processor = fit(table, SPACED, declared)
+    whole = processor(table)
+    for tasks, labels, columns, weights in (
+        (["click"], ["click"], ["click", "b"], ["click"]),
+        (["buy"], ["click", "buy"], ["click", "buy", "c"], ["buy"]),
+        (["stars"], ["click", "stars"], ["click", "stars"], []),
+        (["both"], ["click", "buy", "both"], ["click", "buy"], []),
+        (["sum"], ["click", "buy", "sum", "both"], ["click", "buy", "a", "c"], []),
+    ):
+        found = processor({key: table[key] for key in ("x", *columns)}, labels=tasks)
+        assert list(found["labels"]) == labels
+        for name in labels:
+            same(found["labels"][name], whole["labels"][name])
+        assert list(found.get("sample_weights", {})) == weights
+    with pytest.raises(UnknownTaskError, match="bye"):
+        processor(table, labels=["bye"])
+    with pytest.raises(DataError, match="missing column 'click'"):
+        processor({"x": [1.0], "buy": [1], "c": [1]}, labels=["buy"])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import datasets
 import numpy as np
@@ -9,6 +11,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moe_mtl.data import DataError, open_source, sources
 from moe_mtl.data.sources import FileSource, SelectedRows
@@ -152,6 +156,75 @@ def test_a_key_that_some_rows_lack_is_missing_in_them(tmp_path):
         assert texts(source) == {"a": ["1", "2"], "b": [None, "x"]}
 
 
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([2**63 + 2**40 + i % 40 for i in range(80)], pa.uint64()),
+        ([2**60 + i % 7 if i else float("nan") for i in range(80)], pa.int64()),
+        ([2**60 + i % 7 if i else None for i in range(80)], pa.int64()),
+        ([-(2**63) - 5 + i % 7 for i in range(80)], pa.string()),
+        ([2**70 + i % 7 for i in range(80)], pa.string()),
+        ([2**60 + i % 7 if i else 1.5 for i in range(80)], pa.string()),
+        ([i * 2.0**60 + 0.5 for i in range(80)], pa.float64()),
+    ],
+)
+def test_large_integers_of_json_lines_stay_apart(values, kind, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n\n".join(json.dumps({"id": value, "list": [value, value]}) for value in values) + "\n")
+    source = FileSource(path)
+    ((_, batch),) = source.batches(["list", "id"])
+    assert batch["id"].type == kind
+    expected = [str(value) if isinstance(value, int) else None for value in values]
+    for column, repeats in ((batch["id"], 1), (batch["list"].combine_chunks().flatten(), 2)):
+        codes, found = factorise(column, ("",), "id")
+        found = [found[int(code)].as_py() if code >= 0 else None for code in codes]
+        for i, text in enumerate(found):
+            value = values[i // repeats]
+            assert text == expected[i // repeats] or isinstance(value, float)
+        assert len(set(found)) == len({str(value) for value in values})
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.just({}),
+            st.fixed_dictionaries(
+                {"x": st.one_of(st.none(), st.lists(st.one_of(st.none(), st.integers(-3, 3)), max_size=3))}
+            ),
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_lists_of_json_lines_keep_their_nulls(rows):
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        path.write_text("".join(json.dumps(row | {"n": 1}) + "\n" for row in rows))
+        ((_, batch),) = FileSource(path).batches(["x"])
+    assert batch["x"].to_pylist() == [row.get("x") for row in rows]
+
+
+def test_integers_of_rows_in_memory_may_need_64_bits_without_a_sign():
+    rows = [{"id": 2**63 + 2**40 + i} for i in range(40)] + [{"id": None}]
+    assert texts(open_source(rows))["id"] == [str(2**63 + 2**40 + i) for i in range(40)] + [None]
+    with pytest.raises(DataError, match="column 'id'"):
+        texts(open_source([{"id": 2**70}]))
+
+
+def test_views_of_texts_can_be_cut_and_chosen_from():
+    values = [f"value {i % 3}" for i in range(100)]
+    source = open_source(pa.table({"x": pa.array(values, pa.string_view())}))
+    even = SelectedRows(source, lambda rows, _: rows % 2 == 0)
+    assert texts(even)["x"] == values[::2]
+
+
+@pytest.mark.parametrize("delimiter", ["", ";;", '"', "\n", "ß"])
+def test_what_cannot_cut_csv_is_refused(delimiter, tmp_path):
+    (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match="delimiter: expected one ASCII character"):
+        FileSource(tmp_path / "rows.csv", delimiter)
+
+
 def test_require_lists_every_missing_column():
     with pytest.raises(DataError, match=r"rows: missing columns 'b', 'c'"):
         open_source({"a": [1]}).require(["a", "b", "c"], "rows")
@@ -179,10 +252,11 @@ def test_broken_files_are_named(name, content, message, tmp_path):
         texts(open_source(tmp_path / name))
 
 
-def test_text_that_is_not_utf8_is_refused(tmp_path):
-    (tmp_path / "a.csv").write_bytes(b"x\ncaf\xe9\n")
-    with pytest.raises(DataError, match="UTF8"):
-        texts(open_source(tmp_path / "a.csv"))
+@pytest.mark.parametrize("content", ["größe,b\n1,2\n", "a,b\nä,2\n"])
+def test_text_that_is_not_utf8_is_refused(content, tmp_path):
+    (tmp_path / "x.csv").write_bytes(content.encode("latin-1"))
+    with pytest.raises(DataError, match=r"(?i)x\.csv: .*utf-?8"):
+        texts(open_source(tmp_path / "x.csv"))
 
 
 def test_files_with_other_columns_are_refused(tmp_path):
