@@ -64,19 +64,42 @@ def write_atomically(path: str | Path, content: bytes | str) -> None:
     Raises:
         OSError: the disk is full, the folder is missing or not writable.
     """
+    with appearing_file(path) as temporary, open(temporary, "xb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def appearing_file(path: str | Path) -> Iterator[Path]:
+    """Yields an unused name beside `path`. The file written there takes the place of `path` when the block ends well,
+    and is gone otherwise; the block flushes it to the disk.
+
+    Raises:
+        OSError: see `require_writable`; the disk is full.
+    """
     path = Path(path)
+    require_writable(path)
     temporary = _beside(path, "tmp")
     try:
-        with open(temporary, "xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and str(error.filename) == str(temporary):
+            error.filename = str(path)  # the name that the user gave
         raise
+
+
+def require_writable(path: str | Path) -> None:
+    """Raises IsADirectoryError if `path` is a folder, FileNotFoundError if there is no folder to write it into."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"expected a file to write, found a folder: {path}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
 
 
 @contextmanager

@@ -39,6 +39,7 @@ def configure(parser: Parser) -> None:
     )
     parser.add_argument("--task", nargs="+", action="extend", metavar="TASK", help="answer these only")
     parser.add_argument("--keep", nargs="+", action="extend", default=[], metavar="COLUMN", help="carry these along")
+    parser.add_argument("--delimiter", metavar="CHARACTER", help="of a CSV file; by default that of the training data")
     parser.add_argument("--batch-size", type=positive, metavar="N", help="by default what evaluation used")
     parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="of text: of the longest answer; 256")
 
@@ -67,11 +68,19 @@ def run(arguments: argparse.Namespace) -> None:
     batch_size = arguments.batch_size or batch_size_of(folder)
     with quiet_libraries():
         if arguments.output is None:
-            _to_stdout(folder, arguments.rows, arguments.task, batch_size)
+            _to_stdout(folder, arguments, batch_size)
             return
         from ..training.predict import predict_file
 
-        done = predict_file(folder, arguments.rows, arguments.output, arguments.task, arguments.keep, batch_size)
+        done = predict_file(
+            folder,
+            arguments.rows,
+            arguments.output,
+            arguments.task,
+            arguments.keep,
+            batch_size,
+            delimiter=arguments.delimiter,
+        )
     columns = ", ".join([*done.columns[:8], *["..."] * (len(done.columns) > 8)])
     say(f"wrote {done.path}: {done.rows:,} rows, columns {columns}")
 
@@ -90,8 +99,11 @@ def _pictures(folder: Path, inputs: list[str], arguments: argparse.Namespace) ->
 
     if arguments.output is None:
         raise UsageError("--output: expected a picture, a .npy or .jsonl file or a folder for the answers, found none")
-    if arguments.keep or arguments.max_new_tokens:
-        raise UsageError("--keep is for rows of a table, --max-new-tokens for language models; this one reads pictures")
+    if arguments.keep or arguments.delimiter or arguments.max_new_tokens:
+        raise UsageError(
+            "--keep and --delimiter are for rows of a table, --max-new-tokens for language models; this one reads "
+            "pictures"
+        )
     batch_size = arguments.batch_size or min(WINDOWS, batch_size_of(folder))
     with quiet_libraries():
         written = predict_files(folder, inputs, arguments.output, arguments.task, batch_size)
@@ -104,8 +116,8 @@ def _text(folder: Path, arguments: argparse.Namespace) -> None:
     from ..training.text_predict import predict_text
 
     tasks = arguments.task or [None]
-    if len(tasks) > 1 or arguments.keep:
-        raise UsageError("of a language model expected at most one --task and no --keep, which keeps columns of tables")
+    if len(tasks) > 1 or arguments.keep or arguments.delimiter:
+        raise UsageError("of a language model expected at most one --task; --keep and --delimiter are for tables")
     if arguments.output is not None and not arguments.output.endswith(".jsonl"):
         raise UsageError(
             f"--output: expected a name that ends in .jsonl for answers in words, found {arguments.output}"
@@ -124,15 +136,15 @@ def _text(folder: Path, arguments: argparse.Namespace) -> None:
     say(f"wrote {arguments.output}: {len(written):,} answers")
 
 
-def _to_stdout(folder: Path, rows: str, tasks: list[str] | None, batch_size: int) -> None:
-    from ..data import TabularProcessor, open_source
+def _to_stdout(folder: Path, arguments: argparse.Namespace, batch_size: int) -> None:
+    from ..data import TabularProcessor
     from ..models import AutoModelForMultiTask
-    from ..training.predict import predict
+    from ..training.predict import open_rows, predict
 
-    source = open_source(rows)
+    source = open_rows(folder, arguments.rows, arguments.delimiter)
     processor = TabularProcessor.from_pretrained(folder)
-    model = AutoModelForMultiTask.from_pretrained(folder, tasks=tasks)
-    for chunk in predict(model, processor, source, batch_size, tasks):
+    model = AutoModelForMultiTask.from_pretrained(folder, tasks=arguments.task)
+    for chunk in predict(model, processor, source, batch_size, arguments.task):
         columns = [values.tolist() for values in chunk.values()]
         for row in zip(*columns, strict=True):
             sys.stdout.write(json.dumps(dict(zip(chunk, row, strict=True)), ensure_ascii=False) + "\n")

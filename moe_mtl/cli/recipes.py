@@ -41,7 +41,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.action == "show":
         print(text, end="" if text.endswith("\n") else "\n")
         return
-    target = Path(arguments.dest or ".")
+    dest = arguments.dest or "."
+    if dest.endswith("/") and not Path(dest).is_dir():
+        raise FileNotFoundError(f"there is no folder {dest}")
+    target = Path(dest)
     target = target / source.name if target.is_dir() else target
     if target.exists():
         raise FileExistsError(f"{target} exists already; choose another name")

@@ -6,10 +6,9 @@ numbers to the last bit.
 
 import json
 import os
-import secrets
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,15 @@ import torch
 from torch import Tensor
 
 from ..data.processor import TabularProcessor
-from ..data.sources import BATCH_ROWS, open_source
+from ..data.sources import FileSource, Source
+from ..files import appearing_file, require_writable
 from ..hub import resolve
 from ..models import AutoModelForMultiTask, MultiTaskModel
 from ..naming import nearest
 from ..tasks import check_task_names
 from .evaluation import TARGETS, model_inputs
 from .recipe import RecipeError, TrainSection
-from .saved import batch_size_of
+from .saved import batch_size_of, recipe_of
 
 SUFFIXES = (".csv", ".parquet", ".jsonl")
 
@@ -41,6 +41,22 @@ class Prediction:
     path: Path
     rows: int
     columns: list[str]
+
+
+def open_rows(folder: Path, files: str | Path | Sequence[str | Path], delimiter: str | None = None) -> FileSource:
+    """The rows of files for a saved model to answer; CSV is cut at `delimiter`, by default as the training data were.
+
+    Raises:
+        RecipeError: a delimiter for files that are no CSV.
+        DataError, FileNotFoundError: see `FileSource`.
+    """
+    trained = None
+    with suppress(RecipeError):
+        trained = recipe_of(folder).data.options.get("delimiter")
+    source = FileSource(files, delimiter or trained)
+    if delimiter is not None and source.kinds != {"csv"}:
+        raise RecipeError(f"delimiter: expected none for files that are no CSV, found {delimiter!r} for {files}")
+    return source
 
 
 def predict(
@@ -83,6 +99,7 @@ def predict_file(
     keep: Sequence[str] = (),
     batch_size: int | None = None,
     progress: bool = True,
+    delimiter: str | None = None,
 ) -> Prediction:
     """Predicts the rows of a CSV, Parquet or JSON-lines file with a saved model.
 
@@ -93,29 +110,27 @@ def predict_file(
         source: the rows.
         output: `.csv`, `.parquet` or `.jsonl`; replaced if it exists.
         tasks: which; only what they need is loaded.
-        keep: columns of the source to carry along, in front.
+        keep: columns of the source to carry along, in front; each once.
         batch_size: rows per forward pass; by default what the model was evaluated with.
         progress: show a bar, if the error stream is a terminal.
+        delimiter: of CSV; by default that of the training data.
 
     Raises:
-        RecipeError: an output of another kind, a column in `keep` that the source lacks or that a prediction is called.
+        RecipeError: an output of another kind, a column in `keep` that the source lacks, that a prediction is called or
+            that the output cannot hold; see also `open_rows`.
         UnknownTaskError, DataError, FileNotFoundError, OSError: as the names say.
     """
     output = Path(output)
     if output.suffix not in SUFFIXES:
         raise RecipeError(f"output: expected a name that ends in {', '.join(SUFFIXES)}, found {output.name!r}")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"output: there is no folder {output.parent}")
+    require_writable(output)
     path = resolve(folder)
-    rows = open_source(source)
+    rows = open_rows(path, source, delimiter)
+    keep = list(dict.fromkeys(keep))
     for name in keep:
         if name not in rows.columns:
             raise RecipeError(f"keep: {source} has no column {name!r}{nearest(name, rows.columns)}")
-    model = (
-        AutoModelForMultiTask.from_pretrained(path, tasks=tasks)
-        if tasks is not None
-        else AutoModelForMultiTask.from_pretrained(path)
-    )
+    model = AutoModelForMultiTask.from_pretrained(path, tasks=tasks)
     processor = TabularProcessor.from_pretrained(path)
     names = check_task_names(tasks, model.tasks)
     if batch_size is None:
@@ -123,19 +138,16 @@ def predict_file(
     clashes = [name for name in keep if any(name == task or name.startswith(f"{task}/") for task in names)]
     if clashes:
         raise RecipeError(f"keep: the column {clashes[0]!r} is what a prediction is called; rename it in {source}")
+    types = _kept_types(rows, keep, output.suffix)
     show = progress and sys.stderr.isatty()
     from tqdm import tqdm
 
     bar = tqdm(total=rows.count_rows() if show else None, unit="row", unit_scale=True, disable=not show)
-    kept = _kept(rows, list(keep), batch_size)
+    chunks = predict(model, processor, rows, batch_size, names)
+    tables = (pa.table({name: _column(values) for name, values in chunk.items()}) for chunk in chunks)
     count, columns = 0, []
-    with bar, _appearing(output) as temporary, _Writer(temporary, output.suffix) as writer:
-        for chunk in predict(model, processor, rows, batch_size, names):
-            table = pa.table({name: _column(values) for name, values in chunk.items()})
-            if keep:
-                own = next(kept)
-                for i, name in enumerate(keep):
-                    table = table.add_column(i, name, own[name])
+    with bar, appearing_file(output) as temporary, _Writer(temporary, output.suffix) as writer:
+        for table in _with_kept(tables, rows, keep, types):
             writer.write(table)
             columns = table.column_names
             count += table.num_rows
@@ -160,17 +172,58 @@ def _batches(processor: TabularProcessor, source: Any, batch_size: int) -> Itera
         yield held
 
 
-def _kept(rows: Any, columns: list[str], batch_size: int) -> Iterator[pa.Table]:
-    """The columns to carry along, in the same batches."""
-    held: pa.Table | None = None
-    for _, batch in rows.batches(columns, BATCH_ROWS) if columns else ():
-        new = pa.table(dict(batch))
-        held = new if held is None else pa.concat_tables([held, new], promote_options="permissive")
-        while held.num_rows >= batch_size:
-            yield held.slice(0, batch_size)
-            held = held.slice(batch_size)
-    if held is not None and held.num_rows:
-        yield held
+def _kept_types(rows: FileSource, keep: Sequence[str], suffix: str) -> dict[str, pa.DataType]:
+    """For Parquet, the one type of each column to carry along: blocks of JSON lines each have their own, CSV is text.
+
+    Raises:
+        RecipeError: there is none, or CSV cannot hold it.
+    """
+    types: dict[str, pa.DataType] = {}
+    if not keep or suffix == ".jsonl" or rows.kinds == {"csv"}:
+        return types
+    for _, batch in rows.batches(keep):
+        for name in keep:
+            found = pa.schema([(name, batch[name].type)])
+            try:
+                if suffix == ".csv":
+                    pa.csv.write_csv(found.empty_table(), pa.BufferOutputStream())
+                else:
+                    known = pa.schema([(name, types.get(name, pa.null()))])
+                    types[name] = pa.unify_schemas([known, found], promote_options="permissive").types[0]
+            except pa.ArrowException:
+                what = f"is {types[name]} in some rows and {found.types[0]} in" if types else f"has {found.types[0]} in"
+                raise _cannot_hold(name, suffix, f"{what} others") from None
+    return types
+
+
+def _with_kept(
+    answers: Iterable[pa.Table], rows: Source, keep: Sequence[str], types: Mapping[str, pa.DataType]
+) -> Iterator[pa.Table]:
+    """Answers with the columns to carry along in front, cut also where a block of the source ends, as types may."""
+    if not keep:
+        yield from answers
+        return
+    blocks = (pa.table(dict(batch)) for _, batch in rows.batches(keep))
+    block = next(blocks)
+    for table in answers:
+        start = 0
+        while start < table.num_rows:
+            block = block if block.num_rows else next(blocks)
+            part = table.slice(start, block.num_rows)
+            own = [_cast(name, block[name].slice(0, part.num_rows), types) for name in keep]
+            yield pa.table([*own, *part.columns], names=[*keep, *part.column_names])
+            block, start = block.slice(part.num_rows), start + part.num_rows
+
+
+def _cast(name: str, column: pa.ChunkedArray, types: Mapping[str, pa.DataType]) -> pa.ChunkedArray:
+    try:
+        return column.cast(types[name]) if name in types else column
+    except pa.ArrowException as error:
+        raise _cannot_hold(name, ".parquet", f"is {types[name]} in some rows: {error}") from None
+
+
+def _cannot_hold(name: str, suffix: str, why: str) -> RecipeError:
+    return RecipeError(f"keep: a {suffix} file cannot hold the column {name!r}, which {why}; write .jsonl instead")
 
 
 def _column(values: np.ndarray) -> pa.Array:
@@ -178,44 +231,31 @@ def _column(values: np.ndarray) -> pa.Array:
     return pa.array(values.astype(np.float64) if values.dtype.kind == "f" else values)
 
 
-@contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """A file beside `path` that takes its name when the block ends well, and is gone otherwise."""
-    temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-
-
 class _Writer:
-    """Tables to a file, one after another; the first one gives the columns."""
+    """Tables with the same columns to a file, one after another; of Parquet the first one gives the types."""
 
     def __init__(self, path: Path, suffix: str):
         self.path, self.suffix = path, suffix
-        self.file: Any = None
-        self.schema: pa.Schema | None = None
+        self.parquet: pa.parquet.ParquetWriter | None = None
 
     def __enter__(self) -> "_Writer":
+        self.file = open(self.path, "xb")
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self.file is not None:
-            self.file.close()
+        with self.file:
+            if self.parquet is not None:
+                self.parquet.close()
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
     def write(self, table: pa.Table) -> None:
         if self.suffix == ".jsonl":
-            self.file = self.file or open(self.path, "x", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
             for row in table.to_pylist():
-                self.file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-            return
-        if self.file is None:
-            self.schema = table.schema
-            make = pa.csv.CSVWriter if self.suffix == ".csv" else pa.parquet.ParquetWriter
-            self.file = make(self.path, self.schema)
-        self.file.write_table(table.cast(self.schema))  # a later batch may be guessed to be of another type
+                self.file.write((json.dumps(row, ensure_ascii=False, default=str) + "\n").encode())
+        elif self.suffix == ".csv":
+            header = pa.csv.WriteOptions(include_header=self.file.tell() == 0)
+            pa.csv.write_csv(table, self.file, header)
+        else:
+            self.parquet = self.parquet or pa.parquet.ParquetWriter(self.file, table.schema)
+            self.parquet.write_table(table)

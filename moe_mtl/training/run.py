@@ -3,7 +3,7 @@
 import json
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,7 @@ from ..data.vision_processor import VisionProcessor
 from ..files import staged_folder, write_atomically
 from ..hub import resolve, write_manifest
 from ..models import AutoModelForMultiTask, MultiTaskModel
+from ..tasks import Task
 from .building import Processor, build
 from .callbacks import ExpertHealth, Progress
 from .checkpoints import keep_last_checkpoints, remove_stale_staging
@@ -167,7 +168,11 @@ def run(
 
 
 def evaluate(
-    folder: str | Path, split: str = "test", recipe: Recipe | None = None, overrides: Iterable[tuple[str, str]] = ()
+    folder: str | Path,
+    split: str = "test",
+    recipe: Recipe | None = None,
+    overrides: Iterable[tuple[str, str]] = (),
+    tasks: str | Sequence[str] | None = None,
 ) -> "Evaluation | TextEvaluation":
     """Measures a saved model again; on the same rows the numbers are those of its `metrics.json`.
 
@@ -176,9 +181,11 @@ def evaluate(
         split: validation, test or train.
         recipe: where the rows come from; by default the recipe saved beside the model.
         overrides: of that recipe, for example `("data.path", "...")`.
+        tasks: which; only what they need is loaded, and the loss is theirs. By default all.
 
     Raises:
         RecipeError: an unknown split.
+        UnknownTaskError: a task that the model does not have.
     """
     if split not in ("train", "validation", "test"):
         raise RecipeError(f"split: expected train, validation or test, found {split!r}")
@@ -194,15 +201,25 @@ def evaluate(
     if data.is_text(recipe.data.name):
         from .text_run import evaluate_saved_text
 
-        return evaluate_saved_text(folder, split, recipe)
-    model = AutoModelForMultiTask.from_pretrained(folder).eval()
+        return evaluate_saved_text(folder, split, recipe, tasks)
+    model, processor, measured = load_measured(folder, tasks)
+    table = encoded(load_data(recipe).parts()[split], processor, measured)
+    return evaluate_rows(model, table, recipe.train.eval_batch_size, measured, processor.unscale)
+
+
+def load_measured(folder: Path, tasks: str | Sequence[str] | None) -> tuple[MultiTaskModel, Processor, list[Task]]:
+    """A saved model with what `tasks` need, its processor, and these tasks with the spaces that they count within.
+
+    Raises:
+        UnknownTaskError: a task that the model does not have.
+    """
+    model = AutoModelForMultiTask.from_pretrained(folder, tasks=tasks).eval()
     processor = model.processor_class.from_pretrained(folder)
-    table = encoded(load_data(recipe).parts()[split], processor)
-    return evaluate_rows(model, table, recipe.train.eval_batch_size, model.config.parsed_tasks, processor.unscale)
+    return model, processor, [task for task in processor.parsed_tasks if task.name in model.tasks]
 
 
-def encoded(part: Any, processor: Processor) -> Table:
-    """A part of a data set as a model takes it.
+def encoded(part: Any, processor: Processor, tasks: Sequence[Task] | None = None) -> Table:
+    """A part of a data set as a model takes it; of a table only the labels that `tasks` are measured with.
 
     Raises:
         RecipeError: pictures for a model of tables, or the other way.
@@ -213,7 +230,7 @@ def encoded(part: Any, processor: Processor) -> Table:
         data_are = isinstance(part, ImageTable)
         raise RecipeError(f"data: expected {found[not data_are]}, as the model takes, found {found[data_are]}")
     if isinstance(processor, TabularProcessor):
-        return TensorTable(processor(part))
+        return TensorTable(processor(part, labels=True if tasks is None else [task.name for task in tasks]))
     if part.processor.image_size != processor.image_size:
         raise data.DataError(
             f"expected pictures of {list(processor.image_size)}, as the model takes, found "

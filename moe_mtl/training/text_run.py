@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from ..data.text import Example, TextSplits, TokenTable, encode
 from ..files import read_json
 from ..hub import ADAPTER
+from ..tasks import check_task_names
 from ..tuners import RankTuner, count, load_adapter
 from .preconditions import check_same_data
 from .recipe import Recipe, RecipeError, load_recipe
@@ -107,16 +108,17 @@ def load_text(folder: Path) -> tuple[Any, Any, list[str] | None]:
     return model.eval(), tokenizer, tasks
 
 
-def evaluate_saved_text(folder: Path, split: str, recipe: Recipe) -> TextEvaluation:
-    """Measures a saved language model or adapter again."""
+def evaluate_saved_text(
+    folder: Path, split: str, recipe: Recipe, tasks: str | Sequence[str] | None = None
+) -> TextEvaluation:
+    """Measures a saved language model or adapter again, by default on all tasks."""
     splits = load_data(recipe)
     assert isinstance(splits, TextSplits)
     if recipe.model.tasks is not None:
         splits = splits.only(recipe.model.tasks)
     train = recipe.train
-    return evaluate_examples(
-        folder, splits.parts()[split], train.eval_batch_size, splits.tasks, train.max_length, train.truncate
-    )
+    part = splits.parts()[split]
+    return evaluate_examples(folder, part, train.eval_batch_size, splits.tasks, train.max_length, train.truncate, tasks)
 
 
 def evaluate_examples(
@@ -126,17 +128,21 @@ def evaluate_examples(
     tasks: Sequence[str] | None = None,
     max_length: int | None = None,
     truncate: bool = False,
+    measured: str | Sequence[str] | None = None,
 ) -> TextEvaluation:
-    """Measures a saved language model or adapter on examples.
+    """Measures a saved language model or adapter on examples, or on those of the `measured` tasks.
 
     Raises:
         DataError: an example of a task that the adapter does not know.
+        UnknownTaskError: a measured task that neither adapter nor examples know.
     """
     model, tokenizer, own = load_text(folder)
     known = own or tasks or sorted({example.task for example in examples})
     for row, example in enumerate(examples):
         if example.task not in known:
             raise example.error(f"task: expected one of {', '.join(known)}, found {example.task!r}", row)
+    names = check_task_names(measured, known)
+    examples = [example for example in examples if example.task in names]
     table = encode(examples, tokenizer, known, max_length, truncate)
     return evaluate_text(model, table, batch_size, pad_token(tokenizer))
 

@@ -243,7 +243,8 @@ def test_the_command_refuses_what_is_for_other_models(folder, photos, capsys):
     for arguments, message in (
         ([folder, photos / "a.jpg"], "--output: expected a picture, a .npy or .jsonl file or a folder"),
         ([folder], "the following arguments are required: ROWS"),
-        ([folder, photos / "a.jpg", "--output", "x", "--keep", "id"], "--keep is for rows of a table"),
+        ([folder, photos / "a.jpg", "--output", "x", "--keep", "id"], "--keep and --delimiter are for rows of a table"),
+        ([folder, photos / "a.jpg", "--output", "x", "--delimiter", ";"], "--keep and --delimiter are for rows"),
         (["mmoe-digits", photos / "a.jpg", photos / "b.png"], "unexpected argument"),
     ):
         assert cli.main(["predict", *map(str, arguments)]) == 2

@@ -185,7 +185,9 @@ def test_a_malformed_line_is_refused_with_its_number_before_any_work(base, lines
     ("arguments", "message"),
     [
         (["predict", "RUN", "PROMPTS", "--task", "uper"], "prompts.jsonl, line 1: task: expected one of chat, upper"),
-        (["predict", "RUN", "PROMPTS", "--keep", "id", "--output", "x.jsonl"], "no --keep"),
+        (["predict", "RUN", "PROMPTS", "--keep", "id", "--output", "x.jsonl"], "--keep and --delimiter are for tables"),
+        (["predict", "RUN", "PROMPTS", "--delimiter", ";"], "--keep and --delimiter are for tables"),
+        (["evaluate", "RUN", "--data", "PROMPTS", "--delimiter", ";"], "--delimiter is for CSV files"),
         (["predict", "RUN", "PROMPTS", "--output", "x.csv"], "ends in .jsonl"),
         (["extract", "RUN", "uper", "--output", "OUT"], "found 'uper'; did you mean 'upper'"),
         (["extract", "RUN", "upper", "chat", "--output", "OUT"], "expected one task"),

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moe_mtl import extract_task, load_adapter
 from moe_mtl.data import DataError, word_edits
 from moe_mtl.data.text import TextSplits, encode
+from moe_mtl.tasks import UnknownTaskError
 from moe_mtl.training.recipe import RecipeError, list_recipes, load_recipe, parse_recipe, recipe_sha256
 from moe_mtl.training.run import evaluate, run
 from moe_mtl.training.text_trainer import evaluate_text, pack, pad_token
@@ -295,6 +296,10 @@ def test_poly_remembers_its_tasks(base, tmp_path):
     alone = [example for example in examples if example.task == "sort"]
     whole = evaluate_examples(tmp_path / "run", examples, 64).metrics["sort"]
     assert evaluate_examples(tmp_path / "run", alone, 64).metrics["sort"] == pytest.approx(whole, rel=1e-5)
+    only = evaluate(tmp_path / "run", "test", tasks="sort")
+    assert only.metrics == {"sort": pytest.approx(whole, rel=1e-5)}
+    with pytest.raises(UnknownTaskError, match="unknown task 'sirt'"):
+        evaluate_examples(tmp_path / "run", examples, 64, measured=["sirt"])
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"task": "sort", "prompt": "S:ab="}\n')
     assert len(list(predict_text(tmp_path / "run", str(path), max_new_tokens=2))) == 1
