@@ -232,17 +232,20 @@ def predict_files(
         raise DataError(f"output: expected a folder or a picture for maps, of {', '.join(dense)}, found {output.name}")
     single = output.suffix.lower() in (*SUFFIXES, ".npy")
     if single and (len(paths) > 1 or len(names) > 1):
-        raise DataError(
-            f"output: expected a folder for {len(paths)} pictures and the tasks {', '.join(names)}, found {output.name}"
-        )
+        what = f"{len(paths)} picture{'s' * (len(paths) > 1)} and the task{'s' * (len(names) > 1)} {', '.join(names)}"
+        raise DataError(f"output: expected a folder for {what}, found {output.name}")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output: there is no folder {output.parent}")
     if output.exists() and output.is_dir() == (single or lines):
         raise DataError(f"output: expected {'a file' if single or lines else 'a folder'}, found otherwise: {output}")
     drawn = names if single else dense
     targets = {(p, name): output if single else output / f"{p.stem}-{name}.png" for p in paths for name in drawn}
-    if len(set(targets.values())) < len(targets):
-        raise DataError("pictures: expected names that differ by more than their ending, found the same twice")
+    stems: dict[str, Path] = {}
+    for p in paths if drawn else []:
+        if stems.setdefault(p.stem, p) != p:
+            raise DataError(
+                f"pictures: expected names that differ by more than their ending, found {stems[p.stem]}, {p}"
+            )
     for path in paths:
         pixels_of(path)  # what cannot be read is told before the work
     model = AutoModelForMultiTask.from_pretrained(where, tasks=names)
