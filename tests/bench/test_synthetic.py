@@ -83,7 +83,7 @@ def test_the_study_reports_paired_differences(tmp_path, capsys):
         own, theirs = row["models"]["shared_bottom"], row["models"]["mmoe"]
         gap = row["differences"]["shared_bottom - mmoe"]
         assert gap["mean"] == pytest.approx(own["test"]["mean"] - theirs["test"]["mean"])
-        pairs = torch.tensor(own["by_draw"]) - torch.tensor(theirs["by_draw"])
+        pairs = torch.tensor(own["by_draw"], dtype=torch.float64) - torch.tensor(theirs["by_draw"], dtype=torch.float64)
         assert gap["standard_error"] == pytest.approx(float(pairs.std() / 2**0.5), rel=1e-3)
         assert gap["log_ratio"]["mean"] == pytest.approx(
             float((torch.tensor(own["by_draw"]) / torch.tensor(theirs["by_draw"])).log().mean()), rel=1e-3, abs=1e-6
@@ -92,7 +92,7 @@ def test_the_study_reports_paired_differences(tmp_path, capsys):
     assert set(result["gaps"]) == {"shared_bottom", "omoe"}
     for name, gap in result["gaps"].items():
         near, far = (
-            torch.tensor([row["models"][model]["by_draw"] for model in (name, "mmoe")]).double()
+            torch.tensor([row["models"][model]["by_draw"] for model in (name, "mmoe")], dtype=torch.float64)
             for row in result["correlations"]
         )
         growth = (far[0] - far[1]) - (near[0] - near[1])
