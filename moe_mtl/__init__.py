@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .data import TabularProcessor, VisionProcessor
-    from .models import AutoModelForMultiTask
+    from .models import AutoModelForMultiTask, AutoProcessor
     from .outputs import MultiTaskOutput, Routing
     from .tasks import Task
     from .tuners import extract_task, load_adapter
@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AutoModelForMultiTask": ".models",
+    "AutoProcessor": ".models",
     "MultiTaskOutput": ".outputs",
     "Routing": ".outputs",
     "TabularProcessor": ".data",
@@ -25,6 +26,7 @@ _HOME = {
 
 __all__ = [
     "AutoModelForMultiTask",
+    "AutoProcessor",
     "MultiTaskOutput",
     "Routing",
     "TabularProcessor",

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from moe_mtl import hub
+from moe_mtl import TabularProcessor, hub
 from moe_mtl.checkpoint import Checkpoint
 from moe_mtl.files import CheckpointError, ModelNotFoundError, UnsafeFileError
 
@@ -91,6 +91,10 @@ def test_the_hub_is_asked_for_data_files_only(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert hub.resolve("org/name", revision="v1", token="t") == tmp_path
     assert (asked["name"], asked["revision"], asked["token"]) == ("org/name", "v1", "t")
+    hub_options = {"revision": "v2", "cache_dir": tmp_path, "local_files_only": True, "token": "u"}
+    with pytest.raises(ModelNotFoundError, match="a file preprocessor_config"):
+        TabularProcessor.from_pretrained("org/name", **hub_options)
+    assert {key: asked[key] for key in hub_options} == hub_options
     from huggingface_hub.utils import filter_repo_objects
 
     wanted = ["model.safetensors", "config.json", "README.md"]

@@ -55,6 +55,9 @@ class SavedProcessor:
         name_or_path: str | Path,
         *,
         revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
         trust_remote_code: bool | None = False,
         _from_auto: bool = False,
     ) -> Self:
@@ -62,7 +65,7 @@ class SavedProcessor:
 
         Args:
             name_or_path: a folder, a zoo name or a Hub id.
-            revision: of a Hub repository.
+            revision, cache_dir, local_files_only, token: of a Hub repository, see `hub.resolve`.
             trust_remote_code: must be false: a processor is data, no code comes with it (transformers passes this
                 along).
 
@@ -76,7 +79,9 @@ class SavedProcessor:
             raise DataError("trust_remote_code: expected false; a processor holds no code")
         from ..hub import resolve, verify_manifest
 
-        folder = resolve(name_or_path, revision=revision)
+        folder = resolve(
+            name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
+        )
         verify_manifest(folder, weights=False)
         return cls.from_dict(read_json(folder, FILE))
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig,
 
 from .. import hub
 from ..checkpoint import Checkpoint, check_shapes
-from ..data.saved import SavedProcessor
+from ..data import TabularProcessor, VisionProcessor
 from ..files import CheckpointError, replaced_files
 from ..naming import nearest
 from ..tasks import SHARED, Task, check_task_names, parse_tasks
@@ -107,7 +107,7 @@ class MultiTaskModel(PreTrainedModel):
     """A model that answers several tasks, or any of them without paying for the others."""
 
     config_class: type[MultiTaskConfig]
-    processor_class: ClassVar[type[SavedProcessor]]
+    processor_class: ClassVar[type[TabularProcessor] | type[VisionProcessor]]
     base_model_prefix = ""
 
     @property

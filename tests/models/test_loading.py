@@ -9,7 +9,7 @@ from by_hand import model_of, rows
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe_mtl import AutoModelForMultiTask
+from moe_mtl import AutoModelForMultiTask, AutoProcessor, TabularProcessor, VisionProcessor, hub
 from moe_mtl.files import CheckpointError
 from moe_mtl.models import REGISTRY, model_class
 
@@ -78,3 +78,17 @@ def test_tasks_need_something_to_read_from(folder: Path) -> None:
     model = AutoModelForMultiTask.from_pretrained(folder)
     with pytest.raises(ValueError, match="use extract_task"):
         type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict(), tasks=["b"])
+
+
+@pytest.mark.parametrize(("name", "kind"), [("mmoe-digits", TabularProcessor), ("m3vit-digit-pairs", VisionProcessor)])
+def test_the_processor_of_any_model(name: str, kind: type) -> None:
+    processor = AutoProcessor.from_pretrained(name)
+    assert type(processor) is kind
+    assert processor == kind.from_pretrained(name)
+
+
+def test_an_adapter_has_no_processor_of_rows() -> None:
+    adapter = next(name for name, folder in hub.zoo().items() if (folder / hub.ADAPTER).is_file())
+    for auto in (AutoModelForMultiTask, AutoProcessor):
+        with pytest.raises(ValueError, match=r"found in .* an adapter; load it with"):
+            auto.from_pretrained(adapter)
