@@ -218,10 +218,14 @@ def _beside(path: Path, purpose: str) -> Path:
 
 
 def _sync_tree(folder: Path) -> None:
+    """All to the disk, and readable by whom the folder lets in: safetensors leaves its files to the user alone."""
+    readable = folder.stat().st_mode & 0o666  # mkdir asked the umask; to ask it here would change it for all threads
     for root, _, names in os.walk(folder):
         for name in names:
             with open(Path(root, name), "rb") as file:
                 os.fsync(file.fileno())
+            if name.endswith(".safetensors"):
+                os.chmod(Path(root, name), readable)
         _sync_folder(Path(root))
 
 

@@ -4,8 +4,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from moe_mtl.files import CheckpointError, UnsafeFileError, read_json, safe_file, staged_folder, write_atomically
+from moe_mtl.files import (
+    CheckpointError,
+    UnsafeFileError,
+    read_json,
+    replaced_files,
+    safe_file,
+    staged_folder,
+    write_atomically,
+)
 
 FULL = OSError(28, "No space left on device")
 CONFIG = '{"model_type": "mmoe"}'
@@ -51,6 +61,20 @@ def test_staged_folder_appears_whole(tmp_path):
         assert not target.exists()
         assert folder.parent == target.parent
     assert content(tmp_path) == {"runs/model/config.json": CONFIG.encode()}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes are of Unix")
+@pytest.mark.parametrize("writer", [staged_folder, lambda folder: replaced_files(folder, ())])
+def test_weights_are_readable_by_whom_the_umask_lets_read(tmp_path, writer):
+    """safetensors 0.8 leaves its files to the user alone: an adapter that one trained, nobody else could serve."""
+    before = os.umask(0o027)
+    try:
+        with writer(tmp_path / "m") as folder:
+            save_file({"a": torch.ones(2)}, folder / "adapter_model.safetensors")
+            (folder / "config.json").write_text(CONFIG)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "m").iterdir()} == {0o640}
 
 
 def test_a_second_save_drops_stale_weights_and_keeps_what_is_not_ours(tmp_path):

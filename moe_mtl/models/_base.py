@@ -1,7 +1,6 @@
 """What all models share: tasks in the config, loading, the single-task path, the registry."""
 
 import copy
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
@@ -301,8 +300,6 @@ class MultiTaskModel(PreTrainedModel):
         repo_id = kwargs.pop("repo_id", folder.name)
         with replaced_files(folder, hub.WEIGHT_FILES) as staging, no_progress_bar():
             super().save_pretrained(staging, *args, **kwargs)
-            for path in staging.glob("*.safetensors"):  # safetensors leaves its files private to the user
-                shutil.copymode(staging / hub.CONFIG, path)
         if (folder / hub.MANIFEST).exists():
             hub.write_manifest(folder)
         if push_to_hub:
