@@ -11,7 +11,7 @@ folder; into a file that ends in .npy goes the map itself. Large photographs are
 say with no map, a class or a value, goes into a file that ends in .jsonl, or into answers.jsonl of the folder.
 
 A language model, or an adapter on one, answers JSON lines that have prompt or messages, and task unless --task says it
-for all.
+for all; a line of another task is then an error.
 
 Columns: a binary task gives its probability, a regression its value, a multi-class task the most likely class and, as
 <task>/<class>, all probabilities. Metrics taken from the file are those of moe-mtl evaluate, to the last bit.
@@ -19,6 +19,7 @@ Columns: a binary task gives its probability, a regression its value, a multi-cl
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def _pictures(folder: Path, inputs: list[str], arguments: argparse.Namespace) ->
 
 
 def _text(folder: Path, arguments: argparse.Namespace) -> None:
-    from ..files import write_atomically
+    from ..files import appearing_file
     from ..training.text_predict import predict_text
 
     tasks = arguments.task or [None]
@@ -122,18 +123,23 @@ def _text(folder: Path, arguments: argparse.Namespace) -> None:
         raise UsageError(
             f"--output: expected a name that ends in .jsonl for answers in words, found {arguments.output}"
         )
+    to_file = arguments.output is not None
     with quiet_libraries():
         answers = predict_text(
-            folder, arguments.rows, tasks[0], arguments.batch_size or 16, arguments.max_new_tokens or 256
+            folder, arguments.rows, tasks[0], arguments.batch_size or 16, arguments.max_new_tokens or 256, to_file
         )
         lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-        if arguments.output is None:
+        if not to_file:
             for line in lines:
                 sys.stdout.write(line)
             return
-        written = list(lines)
-        write_atomically(Path(arguments.output), "".join(written))
-    say(f"wrote {arguments.output}: {len(written):,} answers")
+        written = 0
+        with appearing_file(arguments.output) as path, open(path, "x", encoding="utf-8", newline="\n") as file:
+            for line in lines:
+                written += file.write(line) > 0
+            file.flush()
+            os.fsync(file.fileno())
+    say(f"wrote {arguments.output}: {written:,} answers")
 
 
 def _to_stdout(folder: Path, arguments: argparse.Namespace, batch_size: int) -> None:

@@ -99,11 +99,11 @@ def read_prompts(path: str, task: str | None = None, chat: bool = False) -> list
 
     Args:
         path: file of JSON lines (also `.gz`).
-        task: of lines that say none.
+        task: of all lines; those that say one say the same.
         chat: as for `Options`.
 
     Raises:
-        DataError: no such file, a malformed line, with its number.
+        DataError: no such file, a malformed line, one of another task than asked for, with its number.
     """
     found = []
     for content, where in _lines(path):
@@ -120,10 +120,12 @@ def read_prompts(path: str, task: str | None = None, chat: bool = False) -> list
             )
         if chat and isinstance(text, str):
             text = [{"role": "user", "content": text}]
-        own = content.get("task", task)
+        own = content.get("task")
         if own is not None and not isinstance(own, str):
             raise DataError(f"{where}: task: expected a name, found {own!r:.80}")
-        found.append(Prompt(own, text, content, where))
+        if own is not None and task is not None and own != task:
+            raise DataError(f"{where}: task: expected {task!r}, which was asked for, or none, found {own!r:.80}")
+        found.append(Prompt(task if own is None else own, text, content, where))
     return found
 
 

@@ -3,11 +3,13 @@
 Shapes: `B` prompts of a batch, `L` tokens of the longest.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import GenerationConfig
 
 from ..data import DataError
@@ -19,23 +21,29 @@ from .text_trainer import named, pad_token, task_keyword
 
 
 def predict_text(
-    folder: Path, path: str, task: str | None = None, batch_size: int = 16, max_new_tokens: int = 256
+    folder: Path,
+    path: str,
+    task: str | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 256,
+    progress: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Answers of a saved language model or adapter, in the order of the lines.
 
     Args:
         folder: of the model.
         path: JSON lines with `prompt` or `messages`, and `task` unless `task` is given.
-        task: of prompts that say none.
+        task: of all prompts; those that say one say the same.
         batch_size: prompts at a time.
         max_new_tokens: of the longest answer.
+        progress: show a bar, if the error stream is a terminal.
 
     Yields:
         the line's own fields, with `completion`.
 
     Raises:
-        DataError: a malformed line, with its number; a task that the adapter does not know; before anything is
-            answered.
+        DataError: a malformed line, one of another task than asked for, with its number; a task that the adapter does
+            not know; before anything is answered.
     """
     prompts = read_prompts(path, task, chat_of(folder))
     model, tokenizer, known = load_text(folder)
@@ -43,10 +51,13 @@ def predict_text(
         if known is not None and prompt.task not in known:
             near = nearest(str(prompt.task), known)
             raise DataError(f"{prompt.where}: task: expected one of {', '.join(known)}, found {prompt.task!r}{near}")
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        for prompt, answer in zip(batch, _answers(model, tokenizer, known, batch, max_new_tokens), strict=True):
-            yield prompt.fields | {"completion": answer}
+    show = progress and sys.stderr.isatty()
+    with tqdm(total=len(prompts), unit="prompt", disable=not show) as bar:
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            for prompt, answer in zip(batch, _answers(model, tokenizer, known, batch, max_new_tokens), strict=True):
+                yield prompt.fields | {"completion": answer}
+            bar.update(len(batch))
 
 
 @torch.inference_mode()
