@@ -118,7 +118,7 @@ class Checkpoint:
         if not self.folder.is_dir():
             raise ModelNotFoundError(f"expected a model folder, found none at {self.folder}")
         names = {entry.name for entry in self.folder.iterdir()}
-        if self.weights in names and INDEX in names:
+        if self.weights in names and INDEX in names and self.weights == WEIGHTS:  # an adapter may lie beside its base
             raise CheckpointError(
                 f"expected either {self.weights} or {INDEX} in {self.folder}, found both: one of them is stale"
             )

@@ -69,7 +69,8 @@ def load(options: Options) -> TextSplits:
         if task not in found:
             raise DataError(f"instruct: expected tasks that the lines have, found {task!r}{nearest(task, found)}")
     if not tasks or len(set(tasks)) < len(tasks):
-        raise DataError(f"instruct: expected different tasks, at least one, found {tasks}")
+        lines = "" if found else f": no lines in {options.path}"
+        raise DataError(f"instruct: expected different tasks, at least one, found {tasks}{lines}")
     for task in tasks:
         if not any(example.task == task for example in parts["train"]):
             raise DataError(f"instruct: expected at least one training example of task {task!r}, found none")
@@ -103,7 +104,7 @@ def read_prompts(path: str, task: str | None = None, chat: bool = False) -> list
         chat: as for `Options`.
 
     Raises:
-        DataError: no such file, a malformed line, one of another task than asked for, with its number.
+        DataError: no such file, an empty one, a malformed line, one of another task than asked for, with its number.
     """
     found = []
     for content, where in _lines(path):
@@ -126,6 +127,8 @@ def read_prompts(path: str, task: str | None = None, chat: bool = False) -> list
         if own is not None and task is not None and own != task:
             raise DataError(f"{where}: task: expected {task!r}, which was asked for, or none, found {own!r:.80}")
         found.append(Prompt(task if own is None else own, text, content, where))
+    if not found:
+        raise DataError(f"instruct: {path}: expected at least one line, found none")
     return found
 
 

@@ -2,19 +2,21 @@
 
 import copy
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import ParamWrapper as LoraParameter
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from ..files import UnsafeFileError
-from ..hub import ADAPTER, ADAPTER_WEIGHTS, resolve, verify_manifest, zoo_or
+from ..checkpoint import Checkpoint
+from ..files import CheckpointError, UnsafeFileError
+from ..hub import ADAPTER, ADAPTER_WEIGHTS, resolve, zoo_or
 from ._base import RankLayer
 from ._parameters import ParamWrapper
 from ._tasks import Preference, Told, weights_of
@@ -109,14 +111,17 @@ def load_adapter(name: str | Path, model: nn.Module | None = None, **options: An
         ModelNotFoundError: there is no such folder.
         ValueError: the folder holds no adapter, or one that does not name its base model.
         UnsafeFileError: its weights are no safetensors.
-        CheckpointError: its files were damaged.
+        CheckpointError: its files were damaged, a weight is NaN or infinite, tensors are missing, left over, or of
+            other shapes than on this base model. PEFT alone warns of the missing and is silent on the others.
     """
     folder = resolve(name)
     if not (folder / ADAPTER).is_file():
         raise ValueError(f"expected the folder of an adapter, with {ADAPTER}, found {folder}")
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise UnsafeFileError(f"expected {ADAPTER_WEIGHTS} in {folder}, found none; pickles are not read")
-    verify_manifest(folder)
+    checkpoint = Checkpoint(folder, weights=ADAPTER_WEIGHTS)
+    for tensor in checkpoint.shapes:
+        checkpoint.read(tensor)  # which looks for NaN
     config: Any = PeftConfig.from_pretrained(str(folder))
     if model is None:
         base, kind = config.base_model_name_or_path, str(getattr(config.task_type, "value", config.task_type))
@@ -125,7 +130,25 @@ def load_adapter(name: str | Path, model: nn.Module | None = None, **options: An
             found = f"{base!r} and {kind}"
             raise ValueError(f"model: expected the base model, as {folder} does not say which language model: {found}")
         model = classes[kind].from_pretrained(zoo_or(base), use_safetensors=True)
-    return PeftModel.from_pretrained(model, str(folder), config=config, **options)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*missing adapter keys", UserWarning)
+            loaded = PeftModel.from_pretrained(model, str(folder), config=config, **options)
+    except (RuntimeError, UserWarning) as error:
+        found = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
+        if "size mismatch" not in found and "missing adapter keys" not in found:
+            raise
+        raise CheckpointError(f"{ADAPTER_WEIGHTS} of {folder} does not fit the base model: {found:.300}") from error
+    name_of_it = options.get("adapter_name", "default")
+    own, all_known = (
+        get_peft_model_state_dict(loaded, adapter_name=name_of_it, save_embedding_layers=embeddings)
+        for embeddings in (False, True)
+    )
+    stored = [tensor for tensor in checkpoint.shapes if tensor in own or tensor not in all_known]
+    if len(stored) > len(own):  # not name by name: PEFT renames those of older versions
+        left = sorted(set(stored) - set(own))
+        raise CheckpointError(f"{ADAPTER_WEIGHTS} of {folder}: no place for {len(left)} tensors, first {left[0]}")
+    return loaded
 
 
 def _layers(base: nn.Module, kind: type) -> Iterator[tuple[str, Any]]:

@@ -58,3 +58,11 @@ def test_where_nothing_can_be_written_nothing_is_answered(
     monkeypatch.setattr("moe_mtl.training.text_predict.load_text", lambda folder: pytest.fail("the model was loaded"))
     output = prompts.parent / "missing" / "answers.jsonl"
     assert "there is no folder" in fails(capsys, "predict", MODEL, prompts, "--task", "reverse", "--output", output)
+
+
+def test_files_without_lines(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "none.jsonl").write_text("\n")
+    assert "none.jsonl: expected at least one line" in fails(capsys, "predict", MODEL, tmp_path / "none.jsonl")
+    train = ("train", "instruct/mtl-lora", "--model.from", "llama-word-edits", "--output", tmp_path / "run")
+    assert "no lines in" in fails(capsys, *train, "--data.path", tmp_path / "none.jsonl")
+    assert not (tmp_path / "run").exists()

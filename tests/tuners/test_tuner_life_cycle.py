@@ -4,15 +4,18 @@ import copy
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from tuner_zoo import BY_TASK, CONFIGS, TASKS, adapted, batch, config_of, llama, targets_of, tasks_for
 
+from moe_mtl.files import CheckpointError
 from moe_mtl.tuners import METHODS, RankConfig, load_adapter
 from moe_mtl.tuners._base import RankLayer
 
@@ -42,6 +45,36 @@ def test_a_fresh_process_loads_it(tmp_path: Path) -> None:
 
 def test_a_folder_without_an_adapter(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        load_adapter(tmp_path, llama())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state, first: state.pop(first), "does not fit the base model: .*missing adapter keys"),
+        (lambda state, first: state[first].view(-1)[3:4].fill_(float("nan")), "finite weights, found 1 NaN"),
+        (lambda state, first: state.update({first: state[first][:, :1].clone()}), "does not fit .*: size mismatch"),
+        (lambda state, first: state.update({"a.b": torch.ones(2)}), "no place for 1 tensors, first a.b"),
+    ],
+)
+def test_weights_that_do_not_fit(change: Callable[[dict[str, Any], str], Any], message: str, tmp_path: Path) -> None:
+    """PEFT warns of what is missing, and is silent on NaN and on what it has no place for."""
+    adapted(BY_TASK[0]).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    state = load_file(path)
+    change(state, min(state))
+    save_file(state, path)
+    with pytest.raises(CheckpointError, match=message):
+        load_adapter(tmp_path, llama())
+
+
+def test_truncated_weights_and_those_beside_their_base(tmp_path: Path) -> None:
+    adapted(BY_TASK[0]).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")  # of the base model, which is not read
+    load_adapter(tmp_path, llama())
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors of .* is truncated"):
         load_adapter(tmp_path, llama())
 
 
