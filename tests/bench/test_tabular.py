@@ -167,7 +167,7 @@ def test_columns_are_aligned():
 
 
 def test_the_commands_of_the_page_reach_their_measurement(monkeypatch):
-    """What BENCHMARKS.md tells to type needs no other way in: `main` gets those options."""
+    """What BENCHMARKS.md tells to type needs no other way in: `main`, with --json `run`, gets those options."""
     page = Path(__file__).parents[2] / "BENCHMARKS.md"
     lines = [line for line in page.read_text().splitlines() if line.startswith("moe-mtl bench ")]
     assert {shlex.split(line)[2] for line in lines} >= {"tabular", "trees"}
@@ -176,6 +176,7 @@ def test_the_commands_of_the_page_reach_their_measurement(monkeypatch):
         measurement = importlib.import_module(f"moe_mtl.bench.{name}")
         called = []
         monkeypatch.setattr(measurement, "main", called.append)
+        monkeypatch.setattr(measurement, "run", lambda options, say, called=called: called.append(options))
         assert cli.main(["bench", name, *options]) == 0, line
         assert type(called[0]) is measurement.Options
         if name == "tabular":
