@@ -16,7 +16,7 @@ from .files import CheckpointError, ModelNotFoundError, UnsafeFileError, read_js
 WEIGHTS, INDEX, CONFIG, MANIFEST = "model.safetensors", "model.safetensors.index.json", "config.json", "manifest.json"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OF_TOKENIZERS = ("chat_template.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.md", *OF_TOKENIZERS]  # never code, never pickles
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.md", "recipe.resolved.yaml", *OF_TOKENIZERS]  # never code, never pickles
 WEIGHT_FILES = (WEIGHTS, "model-*.safetensors", INDEX)
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 # The last two name kernels, which transformers may fetch from the Hub: an argument of from_pretrained can ask for that.
@@ -78,9 +78,10 @@ def resolve(
 ) -> Path:
     """The local folder of a model: an existing folder, else a name of the zoo, else a Hub id `owner/name`.
 
-    Of a Hub repository only the safetensors, JSON and Markdown files in its top folder are downloaded, and what
-    tokenisers keep besides: a chat template, `tokenizer.model`, `merges.txt`, `vocab.txt`. `revision`, `cache_dir`,
-    `local_files_only` and `token` concern the Hub alone and mean what they mean in `huggingface_hub.snapshot_download`.
+    Of a Hub repository only the safetensors, JSON and Markdown files in its top folder are downloaded, the recipe,
+    and what tokenisers keep besides: a chat template, `tokenizer.model`, `merges.txt`, `vocab.txt`. `revision`,
+    `cache_dir`, `local_files_only` and `token` concern the Hub alone and mean what they mean in
+    `huggingface_hub.snapshot_download`.
 
     Raises:
         ModelNotFoundError: nothing of that name; the message lists the nearest names of the zoo.

@@ -43,10 +43,10 @@ def run(arguments: argparse.Namespace) -> None:
         else:
             from ..training.run import evaluate
 
-            name, overrides = arguments.recipe, arguments.overrides
-            recipe = recipe_of(folder, overrides) if name is None else load_recipe(name, overrides)
-            split = arguments.split or SPLITS[0]
-            what, result = f"{split} rows of {recipe.data.name}", evaluate(folder, split, recipe, tasks=arguments.task)
+            name, overrides, split = arguments.recipe, arguments.overrides, arguments.split or SPLITS[0]
+            given = None if name is None else load_recipe(name, overrides)
+            result = evaluate(folder, split, given, overrides, arguments.task)
+            what = f"{split} rows of {(given or recipe_of(folder, overrides)).data.name}"
     if arguments.json:
         print_json({"model": arguments.model, "rows": what, "loss": result.loss, "metrics": result.metrics})
         return

@@ -12,6 +12,7 @@ All lines are checked before anything else happens; a malformed one is refused w
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,13 +149,15 @@ def _lines(path: str, digest: Any = None) -> Iterator[tuple[dict[str, Any], str]
                 if line.strip():
                     where = f"{Path(path).name}, line {number}"
                     yield _object(line, where), where
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"instruct: {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
         content = json.loads(line)
+        if rb"\ud" in line.lower():
+            json.dumps(content, ensure_ascii=False).encode()  # half a pair of surrogates could not be written again
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: expected a JSON object, found no JSON ({error})") from None
     if not isinstance(content, dict):

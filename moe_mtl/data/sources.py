@@ -7,6 +7,7 @@ that an error can name the row. CSV columns are read as text: what a column mean
 import gzip
 import json
 import sys
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -344,7 +345,7 @@ def _explained(path: Path, tables: Iterator[Any]) -> Iterator[Any]:
         yield from tables
     except DataError:
         raise
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowKeyError, OSError, EOFError, ValueError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowKeyError, OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{path}: {error}") from None
 
 

@@ -44,7 +44,8 @@ class Prediction:
 
 
 def open_rows(folder: Path, files: str | Path | Sequence[str | Path], delimiter: str | None = None) -> FileSource:
-    """The rows of files for a saved model to answer; CSV is cut at `delimiter`, by default as the training data were.
+    """The rows of files for a saved model to answer; CSV is cut at `delimiter`, by default as the training
+    data were, `.tsv` at tabs.
 
     Raises:
         RecipeError: a delimiter for files that are no CSV.
@@ -53,7 +54,10 @@ def open_rows(folder: Path, files: str | Path | Sequence[str | Path], delimiter:
     trained = None
     with suppress(RecipeError):
         trained = recipe_of(folder).data.options.get("delimiter")
-    source = FileSource(files, delimiter or trained)
+    paths = [files] if isinstance(files, (str, Path)) else files
+    if any(".tsv" in Path(path).suffixes for path in paths):
+        trained = None  # a tab, as the name says
+    source = FileSource(files, trained if delimiter is None else delimiter)
     if delimiter is not None and source.kinds != {"csv"}:
         raise RecipeError(f"delimiter: expected none for files that are no CSV, found {delimiter!r} for {files}")
     return source
@@ -204,11 +208,11 @@ def _with_kept(
         yield from answers
         return
     blocks = (pa.table(dict(batch)) for _, batch in rows.batches(keep))
-    block = next(blocks)
+    block = next(blocks, None)
     for table in answers:
         start = 0
         while start < table.num_rows:
-            block = block if block.num_rows else next(blocks)
+            block = block if block is not None and block.num_rows else next(blocks)
             part = table.slice(start, block.num_rows)
             own = [_cast(name, block[name].slice(0, part.num_rows), types) for name in keep]
             yield pa.table([*own, *part.columns], names=[*keep, *part.column_names])

@@ -1,5 +1,6 @@
 """A recipe from beginning to end: load, fit, train, measure, save. Nothing that is not whole appears."""
 
+import dataclasses
 import json
 import platform
 import time
@@ -23,7 +24,7 @@ from ..data.vision_processor import VisionProcessor
 from ..files import staged_folder, write_atomically
 from ..hub import resolve, write_manifest
 from ..models import AutoModelForMultiTask, MultiTaskModel
-from ..tasks import Task
+from ..tasks import Task, check_task_names
 from .building import Processor, build
 from .callbacks import ExpertHealth, Progress
 from .checkpoints import keep_last_checkpoints, remove_stale_staging
@@ -40,8 +41,8 @@ from .preconditions import (
     check_same_data,
     check_section,
 )
-from .recipe import Recipe, RecipeError, TrainSection, load_recipe, recipe_sha256
-from .saved import DATA, METRICS, RECIPE, plain
+from .recipe import Recipe, RecipeError, TrainSection, recipe_sha256
+from .saved import DATA, METRICS, RECIPE, plain, recipe_of
 from .trainer import MultiTaskTrainer, Table
 
 if TYPE_CHECKING:
@@ -191,8 +192,8 @@ def evaluate(
         raise RecipeError(f"split: expected train, validation or test, found {split!r}")
     folder = resolve(folder)
     if recipe is None:
-        recipe = load_recipe(folder / RECIPE, overrides)
-        options, trained = recipe.data.options, load_recipe(folder / RECIPE).data.options
+        recipe = recipe_of(folder, overrides)
+        options, trained = recipe.data.options, recipe_of(folder).data.options
         for key in ("tasks", "features", "missing_values"):
             if options.get(key) != trained.get(key):
                 raise RecipeError(
@@ -215,7 +216,13 @@ def load_measured(folder: Path, tasks: str | Sequence[str] | None) -> tuple[Mult
     """
     model = AutoModelForMultiTask.from_pretrained(folder, tasks=tasks).eval()
     processor = model.processor_class.from_pretrained(folder)
-    return model, processor, [task for task in processor.parsed_tasks if task.name in model.tasks]
+    # The processor keeps the spaces, also those whose own task was not loaded; the recipe's weights are the model's.
+    names, weights = (
+        check_task_names(tasks, model.tasks),
+        {task.name: task.weight for task in model.config.parsed_tasks},
+    )
+    known = {task.name: task for task in processor.parsed_tasks}
+    return model, processor, [dataclasses.replace(known[name], weight=weights[name]) for name in names]
 
 
 def encoded(part: Any, processor: Processor, tasks: Sequence[Task] | None = None) -> Table:

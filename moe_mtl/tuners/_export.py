@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from ..checkpoint import Checkpoint
 from ..files import CheckpointError, UnsafeFileError
 from ..hub import ADAPTER, ADAPTER_WEIGHTS, resolve, zoo_or
-from ._base import RankLayer
+from ._base import RankConfig, RankLayer
 from ._parameters import ParamWrapper
 from ._tasks import Preference, Told, weights_of
 
@@ -99,22 +99,35 @@ def extract_task(
     return lora.eval()
 
 
-def load_adapter(name: str | Path, model: nn.Module | None = None, **options: Any) -> PeftModel:
+def load_adapter(
+    name: str | Path,
+    model: nn.Module | None = None,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    **options: Any,
+) -> PeftModel:
     """A saved adapter on its base model, in a process where importing this package has made its method known.
 
     Args:
         name: zoo name, folder or Hub id of the adapter.
         model: the base model; by default the one that the adapter names, from the zoo, a folder or the Hub.
+        revision, cache_dir, local_files_only, token: of the adapter on the Hub, see `moe_mtl.hub.resolve`.
         options: further ones of PEFT's `PeftModel.from_pretrained`, like `is_trainable`.
 
     Raises:
+        TypeError: `subfolder`, whose weights would not be checked; name the folder itself.
         ModelNotFoundError: there is no such folder.
         ValueError: the folder holds no adapter, or one that does not name its base model.
         UnsafeFileError: its weights are no safetensors.
         CheckpointError: its files were damaged, a weight is NaN or infinite, tensors are missing, left over, or of
             other shapes than on this base model. PEFT alone warns of the missing and is silent on the others.
     """
-    folder = resolve(name)
+    if "subfolder" in options:
+        raise TypeError(f"subfolder: expected none, found {options['subfolder']!r}; name the folder of the adapter")
+    folder = resolve(name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
     if not (folder / ADAPTER).is_file():
         raise ValueError(f"expected the folder of an adapter, with {ADAPTER}, found {folder}")
     if not (folder / ADAPTER_WEIGHTS).is_file():
@@ -134,6 +147,8 @@ def load_adapter(name: str | Path, model: nn.Module | None = None, **options: An
         with warnings.catch_warnings():
             warnings.filterwarnings("error", ".*missing adapter keys", UserWarning)
             loaded = PeftModel.from_pretrained(model, str(folder), config=config, **options)
+    except KeyError as error:  # PEFT asks for what `modules_to_save` names without looking
+        raise CheckpointError(f"{ADAPTER_WEIGHTS} of {folder}: tensor missing, {error}") from error
     except (RuntimeError, UserWarning) as error:
         found = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
         if "size mismatch" not in found and "missing adapter keys" not in found:
@@ -144,9 +159,14 @@ def load_adapter(name: str | Path, model: nn.Module | None = None, **options: An
         get_peft_model_state_dict(loaded, adapter_name=name_of_it, save_embedding_layers=embeddings)
         for embeddings in (False, True)
     )
-    stored = [tensor for tensor in checkpoint.shapes if tensor in own or tensor not in all_known]
-    if len(stored) > len(own):  # not name by name: PEFT renames those of older versions
-        left = sorted(set(stored) - set(own))
+    missing, left = sorted(own.keys() - checkpoint.shapes), sorted(checkpoint.shapes.keys() - all_known)
+    if not isinstance(config, RankConfig):
+        # PEFT renames tensors of older versions and stacks those of single experts: where it may have, count.
+        single = any(".experts." in tensor for tensor in left)
+        missing, left = [], left if len(left) > len(missing) and not single else []
+    if missing:  # base weights, biases and saved modules, which PEFT does not miss
+        raise CheckpointError(f"{ADAPTER_WEIGHTS} of {folder}: {len(missing)} tensors missing, first {missing[0]}")
+    if left:
         raise CheckpointError(f"{ADAPTER_WEIGHTS} of {folder}: no place for {len(left)} tensors, first {left[0]}")
     return loaded
 

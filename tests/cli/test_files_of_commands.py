@@ -42,6 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
     pa.csv.write_csv(table(), folder / "rows.csv", pa.csv.WriteOptions(delimiter=";"))
     keys = ["--data.path", folder / "rows.csv", "--data.delimiter", "';'", "--data.tasks", json.dumps(TASKS)]
+    keys += ["--train.task_weights", "{price: 3, click: 0.25}"]
     assert run("train", "table/mmoe", "--output", folder / "model", *keys, *SMALL) == 0
     return folder
 
@@ -69,6 +70,33 @@ def test_evaluate_and_predict_cut_csv_as_in_training_unless_told(
     assert answers[0] == answers[1]
     assert "one ASCII character" in fails(capsys, "predict", model, rows, "--delimiter", ";;")
     assert "--data.delimiter" in fails(capsys, "evaluate", model, "--delimiter", ";")
+    assert "one ASCII character" in fails(capsys, "predict", model, rows, "--delimiter", "")
+    tabs = tmp_path / "tabs.tsv"
+    pa.csv.write_csv(table(), tabs, pa.csv.WriteOptions(delimiter="\t"))
+    assert evaluate(capsys, model, "--data", tabs)["metrics"] == found["metrics"]
+
+
+def test_evaluating_again_gives_the_numbers_of_training(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    """The loss too, with the weights that the recipe gave the tasks."""
+    model = folder / "model"
+    trained = json.loads((model / "metrics.json").read_text())
+    found = evaluate(capsys, model)
+    assert found["loss"] == trained["loss"]["test"]
+    assert found["metrics"] == trained["metrics"]["test"]
+
+
+def test_tasks_of_a_saved_model_are_not_declared_anew(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    other = json.dumps([TASKS[0] | {"column": "bought"}])
+    message = fails(capsys, "evaluate", folder / "model", "--data.tasks", other)
+    assert message.startswith("data.tasks: expected none, as the saved model keeps its own")
+
+
+def test_a_table_without_rows(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pa.csv.write_csv(table(0), tmp_path / "none.csv", pa.csv.WriteOptions(delimiter=";"))
+    for keep in ([], ["--keep", "x"]):
+        arguments = ["predict", folder / "model", tmp_path / "none.csv", *keep, "--output", tmp_path / "out.csv"]
+        assert "expected at least one row" in fails(capsys, *arguments)
+    assert not (tmp_path / "out.csv").exists()
 
 
 @pytest.mark.parametrize(

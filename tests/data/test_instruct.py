@@ -100,6 +100,7 @@ def test_a_choice_of_tasks(tmp_path):
         ({"task": "c", "messages": CHAT["messages"][::-1]}, "line 3: messages: expected the last one"),
         ({"task": "c", "messages": [{"role": "robot", "content": ""}] * 2}, r"line 3: messages\[0\]: role"),
         ({"task": "c", "messages": [{"role": "user"}] * 2}, r"line 3: messages\[0\]: expected an object"),
+        ('{"task": "sql", "prompt": "\\ud83d", "completion": "b"}', "line 3: .*surrogates not allowed"),
         ("[" * 100_000, "line 3: expected a JSON object, found no JSON"),
     ],
 )

@@ -252,6 +252,14 @@ def test_broken_files_are_named(name, content, message, tmp_path):
         texts(open_source(tmp_path / name))
 
 
+def test_damaged_gzip_is_named(tmp_path):
+    packed = bytearray(gzip.compress(b'{"x": 1}\n'))
+    packed[10] = 7  # no kind of block
+    (tmp_path / "a.jsonl.gz").write_bytes(packed)
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz: .*invalid block type"):
+        texts(open_source(tmp_path / "a.jsonl.gz"))
+
+
 @pytest.mark.parametrize("content", ["größe,b\n1,2\n", "a,b\nä,2\n"])
 def test_text_that_is_not_utf8_is_refused(content, tmp_path):
     (tmp_path / "x.csv").write_bytes(content.encode("latin-1"))

@@ -466,6 +466,14 @@ def test_a_task_that_others_are_made_of_cannot_be_dropped(few_rows, tmp_path):
         run(recipe, tmp_path / "out", progress=False)
 
 
+def test_a_product_is_measured_without_its_factors(few_rows, tmp_path):
+    recipe = load_recipe("table/esmm", [("data.path", "rows"), *SHORT])
+    full = run(recipe, tmp_path / "full", progress=False)
+    whole, found = evaluate(full.output_dir), evaluate(full.output_dir, tasks="click_and_conversion")
+    assert found.metrics == {"click_and_conversion": whole.metrics["click_and_conversion"]}
+    assert found.loss < whole.loss
+
+
 def test_a_task_without_a_row_that_counts_is_refused(tmp_path):
     click = np.arange(300) % 2
     columns = {"x": np.arange(300.0), "click": click, "buy": np.where(click, np.nan, 1.0), "nothing": np.zeros(300)}

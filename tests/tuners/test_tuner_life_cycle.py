@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen2MoeConfig, Qwen2MoeFo
 from tuner_zoo import BY_TASK, CONFIGS, TASKS, adapted, batch, config_of, llama, targets_of, tasks_for
 
 from moe_mtl.files import CheckpointError
-from moe_mtl.tuners import METHODS, RankConfig, load_adapter
+from moe_mtl.tuners import METHODS, PaLoRAConfig, RankConfig, _export, load_adapter
 from moe_mtl.tuners._base import RankLayer
 
 
@@ -66,6 +66,34 @@ def test_weights_that_do_not_fit(change: Callable[[dict[str, Any], str], Any], m
     save_file(state, path)
     with pytest.raises(CheckpointError, match=message):
         load_adapter(tmp_path, llama())
+
+
+@pytest.mark.parametrize("options", [{"train_base": True}, {"modules_to_save": ["lm_head"]}])
+def test_a_missing_base_weight_or_saved_module(options: dict[str, Any], tmp_path: Path) -> None:
+    """PEFT misses neither; one tensor too many does not make up for it."""
+    adapted(PaLoRAConfig, **options).save_pretrained(tmp_path)
+    load_adapter(tmp_path, llama())
+    path = tmp_path / "adapter_model.safetensors"
+    state = load_file(path)
+    del state[next(name for name in state if "moe_" not in name)]
+    save_file(state | {"a.b": torch.ones(2)}, path)
+    with pytest.raises(CheckpointError, match=r"tensors? missing"):
+        load_adapter(tmp_path, llama())
+
+
+def test_options_of_the_hub_reach_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def resolve(name: str, **options: Any) -> Path:
+        asked.update(options)
+        return tmp_path
+
+    adapted(BY_TASK[0]).save_pretrained(tmp_path)
+    monkeypatch.setattr(_export, "resolve", resolve)
+    load_adapter("owner/name", llama(), revision="v2", token="t")
+    assert asked == {"revision": "v2", "cache_dir": None, "local_files_only": False, "token": "t"}
+    with pytest.raises(TypeError, match="subfolder: expected none"):
+        load_adapter("owner/name", llama(), subfolder="s")
 
 
 def test_truncated_weights_and_those_beside_their_base(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from tuner_zoo import BY_TASK, CONFIGS, MERGEABLE, TASKS, adapted, batch, choose, config_of, llama, one_task, tasks_for
 
 from moe_mtl.tuners import RankConfig, extract_task
@@ -53,7 +54,7 @@ def test_what_depends_on_the_input_is_not_merged(config_class: type[RankConfig])
 
 
 @pytest.mark.parametrize("config_class", MERGEABLE)
-def test_extracted_task_is_a_lora_of_peft(config_class: type[RankConfig], tmp_path: Path) -> None:
+def test_extracted_task_is_a_lora(config_class: type[RankConfig]) -> None:
     model = adapted(config_class)
     ids = batch()["input_ids"]
     for task in TASKS:
@@ -61,18 +62,26 @@ def test_extracted_task_is_a_lora_of_peft(config_class: type[RankConfig], tmp_pa
         expected = model(input_ids=ids, **tasks_for(config_class, [task] * 3)).logits
         torch.testing.assert_close(lora(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
     assert lora.get_base_model().lm_head.weight is model.get_base_model().lm_head.weight
-    lora.save_pretrained(tmp_path)
+
+
+def test_extracted_tasks_are_loaded_by_peft_alone(tmp_path: Path) -> None:
+    ids, task, expected = batch()["input_ids"], TASKS[-1], {}
     llama().save_pretrained(tmp_path / "base")
-    code = (
-        "import sys, torch, peft, transformers\n"
-        f"base = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'base')!r})\n"
-        f"model = peft.PeftModel.from_pretrained(base, {str(tmp_path)!r})\n"
-        f"logits = model(input_ids=torch.tensor({ids.tolist()})).logits\n"
-        f"torch.save(logits, {str(tmp_path / 'logits.pt')!r})\n"
-        "assert not [name for name in sys.modules if name.startswith('moe_mtl')]\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-4, atol=1e-5)
+    for config_class in MERGEABLE:
+        model, name = adapted(config_class), config_class.__name__
+        extract_task(model, **one_task(config_class, task)).save_pretrained(tmp_path / name)
+        expected[name] = model(input_ids=ids, **tasks_for(config_class, [task] * 3)).logits
+    code = f"""
+import sys, peft, safetensors.torch, torch, transformers
+logits = {{}}
+for name in {list(expected)}:
+    base = transformers.AutoModelForCausalLM.from_pretrained("base")
+    logits[name] = peft.PeftModel.from_pretrained(base, name)(input_ids=torch.tensor({ids.tolist()})).logits.detach()
+safetensors.torch.save_file(logits, "logits.safetensors")
+assert not [name for name in sys.modules if name.startswith("moe_mtl")]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=tmp_path)
+    torch.testing.assert_close(load_file(tmp_path / "logits.safetensors"), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_extracting_leaves_the_model_as_it_was() -> None:
