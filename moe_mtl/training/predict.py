@@ -44,8 +44,9 @@ class Prediction:
 
 
 def open_rows(folder: Path, files: str | Path | Sequence[str | Path], delimiter: str | None = None) -> FileSource:
-    """The rows of files for a saved model to answer; CSV is cut at `delimiter`, by default as the training
-    data were, `.tsv` at tabs.
+    """The rows of files for a saved model to answer.
+
+    CSV is cut at `delimiter`, by default as the training data were, but `.tsv` at tabs.
 
     Raises:
         RecipeError: a delimiter for files that are no CSV.
@@ -208,11 +209,11 @@ def _with_kept(
         yield from answers
         return
     blocks = (pa.table(dict(batch)) for _, batch in rows.batches(keep))
-    block = next(blocks, None)
+    block = pa.table({})
     for table in answers:
         start = 0
         while start < table.num_rows:
-            block = block if block is not None and block.num_rows else next(blocks)
+            block = block if block.num_rows else next(blocks)
             part = table.slice(start, block.num_rows)
             own = [_cast(name, block[name].slice(0, part.num_rows), types) for name in keep]
             yield pa.table([*own, *part.columns], names=[*keep, *part.column_names])

@@ -217,11 +217,9 @@ def load_measured(folder: Path, tasks: str | Sequence[str] | None) -> tuple[Mult
     model = AutoModelForMultiTask.from_pretrained(folder, tasks=tasks).eval()
     processor = model.processor_class.from_pretrained(folder)
     # The processor keeps the spaces, also those whose own task was not loaded; the recipe's weights are the model's.
-    names, weights = (
-        check_task_names(tasks, model.tasks),
-        {task.name: task.weight for task in model.config.parsed_tasks},
-    )
     known = {task.name: task for task in processor.parsed_tasks}
+    weights = {task.name: task.weight for task in model.config.parsed_tasks}
+    names = check_task_names(tasks, model.tasks)
     return model, processor, [dataclasses.replace(known[name], weight=weights[name]) for name in names]
 
 

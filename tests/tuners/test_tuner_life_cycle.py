@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from tuner_zoo import BY_TASK, CONFIGS, TASKS, adapted, batch, config_of, llama, targets_of, tasks_for
@@ -78,6 +78,15 @@ def test_a_missing_base_weight_or_saved_module(options: dict[str, Any], tmp_path
     del state[next(name for name in state if "moe_" not in name)]
     save_file(state | {"a.b": torch.ones(2)}, path)
     with pytest.raises(CheckpointError, match=r"tensors? missing"):
+        load_adapter(tmp_path, llama())
+
+
+def test_a_plain_lora_with_a_tensor_too_many(tmp_path: Path) -> None:
+    get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    load_adapter(tmp_path, llama())
+    path = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(path) | {"a.b": torch.ones(2)}, path)
+    with pytest.raises(CheckpointError, match=r"no place for 1 tensors, first a\.b"):
         load_adapter(tmp_path, llama())
 
 
